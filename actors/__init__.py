@@ -1,0 +1,1 @@
+"""What acts: samplers, trainers and parameter syncs, one process each."""

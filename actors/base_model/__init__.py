@@ -1,0 +1,1 @@
+"""The shipped base model and the script that pretrains it."""

@@ -1,0 +1,50 @@
+"""The user's hook: one task, as prompts in, turns with tool calls, reward out.
+
+A class that fits `Environment` is named in the configuration by its dotted path (`environment.target=mypackage.tasks.Riddles`),
+built once per adapter in every sampler from `environment.settings`, and asked for prompts and replies. See environments/ for three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+ChatMessage = Mapping[str, Any]  # {"role": "user" | "assistant" | "tool" | "system", "content": str, ...}, as chat templates take it
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What an episode begins with. `answer` is for the environment alone: whatever it needs to score."""
+
+    messages: Sequence[ChatMessage]
+    tools: Sequence[Mapping[str, Any]] = ()  # JSON schemas, handed to the chat template
+    answer: Any = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What follows one turn of the model: messages to append (tool outputs, masked from the loss), or the end with a reward."""
+
+    messages: Sequence[ChatMessage] = ()
+    done: bool = False
+    reward: float = 0.0  # of the whole episode; read when done
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """One task. Prompts are a function of their index, so a run can be resumed; an exception ends this adapter, no other.
+
+    An episode that runs out of turns or tokens without `done` gets the reward of its last reply.
+    """
+
+    @property
+    def num_prompts(self) -> int | None:
+        """How many training prompts there are; None: endless."""
+
+    def prompt(self, index: int, held_out: bool) -> Prompt:
+        """The training prompt `index`, or the held-out one: no prompt is both."""
+
+    async def respond(self, prompt: Prompt, turns: Sequence[ChatMessage]) -> Reply:
+        """`turns`: every message since the prompt, the model's newest last (role "assistant", content: its text)."""

@@ -1,0 +1,283 @@
+"""Every setting of weft: frozen dataclasses, one per component; a component receives its own and no more.
+
+Validation is in `__post_init__`; a message holds the setting, its value and the rule. Derived values are
+properties with their formula. `build.build` makes these from the mappings that Hydra composes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+ALL_LINEAR = "all-linear"
+MAX_RANK = 512
+SCHEDULES = ("constant", "linear", "cosine")
+LOSSES = ("importance_sampling", "ppo", "grpo", "dr_grpo", "cispo", "gspo", "dppo", "decoupled_ppo", "cross_entropy")
+ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce")
+NORMALIZATIONS = ("token", "sequence", "constant")
+CORRECTIONS = ("none", "tis", "icepop")
+ROLLOUT_VERSIONS = ("pinned", "between_turns")
+DTYPES = ("float32", "bfloat16")
+SYNC_BACKENDS = ("gloo", "nccl")
+
+
+def _check(rule: bool, name: str, value: object, text: str) -> None:
+    if not rule:
+        raise ValueError(f"{name}={value!r}: must be {text}")
+
+
+def _one_of(name: str, value: str, known: Collection[str]) -> None:
+    _check(value in known, name, value, "one of " + ", ".join(known))
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The shape of one adapter (LoRA, Hu et al. 2021): delta W = alpha / rank * B A."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    target_modules: tuple[str, ...] = (ALL_LINEAR,)  # "all-linear", or Hugging Face names such as q_proj
+    exclude_modules: tuple[str, ...] = ()
+    warm_start: str | None = None  # a PEFT folder of the same shape
+
+    def __post_init__(self) -> None:
+        _check(1 <= self.rank <= MAX_RANK, "rank", self.rank, f"from 1 to {MAX_RANK}")
+        _check(self.alpha > 0, "alpha", self.alpha, "above 0")
+        _check(len(self.target_modules) > 0, "target_modules", self.target_modules, "a list of at least one name")
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank"""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter 2019) of one adapter, with its own schedule and clip."""
+
+    learning_rate: float = 1e-4
+    schedule: str = "constant"  # after warm-up: constant, linear or cosine to 0 over num_steps
+    warmup_steps: int = 0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(self.learning_rate >= 0, "learning_rate", self.learning_rate, "at least 0")
+        _one_of("schedule", self.schedule, SCHEDULES)
+        _check(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "at least 0")
+        _check(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "two numbers from 0 to below 1")
+        _check(self.eps > 0, "eps", self.eps, "above 0")
+        _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        _check(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What one adapter minimises. The formulas and their sources are in actors/loss.py and pipeline/advantage.py."""
+
+    name: str = "grpo"
+    advantage: str = "grpo"
+    normalization: str = "token"  # token: sum / loss tokens; sequence: mean of sequence means; constant: / (rows * max_tokens)
+    clip_low: float = 0.2  # the ratio is kept above 1 - clip_low ...
+    clip_high: float = 0.2  # ... and below 1 + clip_high
+    kl_coefficient: float = 0.0  # weight of the KL divergence to the base model
+    correction: str = "none"  # for the mismatch of sampler and trainer: tis truncates the weight, icepop masks the token
+    correction_cap: float = 2.0
+
+    def __post_init__(self) -> None:
+        _one_of("name", self.name, LOSSES)
+        _one_of("advantage", self.advantage, ADVANTAGES)
+        _one_of("normalization", self.normalization, NORMALIZATIONS)
+        _check(0 < self.clip_low <= 1, "clip_low", self.clip_low, "above 0 and at most 1")
+        _check(self.clip_high > 0, "clip_high", self.clip_high, "above 0")
+        _check(self.kl_coefficient >= 0, "kl_coefficient", self.kl_coefficient, "at least 0")
+        _one_of("correction", self.correction, CORRECTIONS)
+        _check(self.correction_cap >= 1, "correction_cap", self.correction_cap, "at least 1")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How one adapter's rollouts are drawn; log-probabilities are of the distribution after temperature, top-p and top-k."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1  # -1: off
+    max_tokens: int = 128  # new tokens a turn
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0  # with the prompt's index and the sample's, seeds each rollout
+
+    def __post_init__(self) -> None:
+        _check(self.temperature > 0, "temperature", self.temperature, "above 0")
+        _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _check(self.top_k == -1 or self.top_k > 0, "top_k", self.top_k, "-1 (off) or above 0")
+        _check(self.max_tokens > 0, "max_tokens", self.max_tokens, "above 0")
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig:
+    """The task: a built-in name (calculator, reasoning_gym, jsonl) or the dotted path of a class of the user's."""
+
+    target: str = "calculator"
+    settings: Mapping[str, Any] = field(default_factory=dict)  # keyword arguments of the class
+    max_turns: int = 8
+
+    def __post_init__(self) -> None:
+        _check(bool(self.target), "target", self.target, "a built-in name or a dotted path")
+        _check(self.max_turns > 0, "max_turns", self.max_turns, "above 0")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """One experiment: one LoRA policy, its task, its algorithm and its staleness bound."""
+
+    name: str
+    num_steps: int = 30
+    batch_size: int = 64  # rollouts an optimizer step
+    group_size: int = 8  # rollouts of one prompt
+    max_staleness: int = 1  # optimizer steps between the oldest token sampled and the step that trains it, at most
+    rollout_version: str = "pinned"  # pinned: the version a rollout starts with; between_turns: the newest at each turn
+    eval_prompts: int = 64  # held-out prompts, sampled before the first and after the last step; 0: no evaluation
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        plain = bool(self.name) and all(c.isalnum() or c in "._-" for c in self.name) and self.name[0].isalnum()
+        _check(plain, "name", self.name, "letters, digits, '.', '_' and '-', starting with a letter or digit")
+        _check(self.num_steps >= 0, "num_steps", self.num_steps, "at least 0")
+        _check(self.batch_size > 0, "batch_size", self.batch_size, "above 0")
+        _check(self.group_size > 0, "group_size", self.group_size, "above 0")
+        fits = self.batch_size % self.group_size == 0
+        _check(fits, "batch_size", self.batch_size, f"a multiple of group_size={self.group_size}")
+        _check(self.max_staleness >= 0, "max_staleness", self.max_staleness, "at least 0")
+        _one_of("rollout_version", self.rollout_version, ROLLOUT_VERSIONS)
+        _check(self.eval_prompts >= 0, "eval_prompts", self.eval_prompts, "at least 0")
+        alone = self.group_size == 1 and self.loss.advantage in ("grpo", "dr_grpo", "rloo") and self.loss.name != "cross_entropy"
+        _check(not alone, "group_size", self.group_size, f"at least 2 with loss.advantage={self.loss.advantage}")
+
+    @property
+    def groups_per_step(self) -> int:
+        """batch_size / group_size: the P of the staleness proof."""
+        return self.batch_size // self.group_size
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen base: a Hugging Face folder, or the name of a base that ships with weft."""
+
+    path: str = "tiny"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        _one_of("dtype", self.dtype, DTYPES)
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """One vLLM sampler. `max_live_versions` None: the sum over adapters of max_staleness + 2."""
+
+    max_lora_rank: int | None = None  # None: the smallest that vLLM allows and that holds every adapter
+    max_live_versions: int | None = None
+    max_num_seqs: int = 128
+    max_model_len: int = 512
+    kv_cache_gib: float = 1.0  # CPU: the whole cache; GPU: see gpu_memory_utilization
+    gpu_memory_utilization: float = 0.85
+
+    def __post_init__(self) -> None:
+        for name in ("max_lora_rank", "max_live_versions", "max_num_seqs", "max_model_len"):
+            value = getattr(self, name)
+            _check(value is None or value > 0, name, value, "above 0")
+        _check(self.kv_cache_gib > 0, "kv_cache_gib", self.kv_cache_gib, "above 0")
+        _check(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", self.gpu_memory_utilization, "above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """One multi-LoRA trainer."""
+
+    token_budget: int = 32768  # packed tokens a launch, over all adapters that share it
+    device_adapters: int = 64  # adapters held on the device; more wait in pinned host memory ...
+    host_adapters: int = 1024  # ... and beyond these, on disk
+    num_threads: int = 1  # CPU threads of the trainer's arithmetic
+
+    def __post_init__(self) -> None:
+        for name in ("token_budget", "device_adapters", "host_adapters", "num_threads"):
+            _check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+
+
+@dataclass(frozen=True)
+class SyncConfig:
+    """Parameter sync: the backend of the broadcast and the time after which a sync has failed."""
+
+    backend: str = "gloo"
+    deadline_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        _one_of("backend", self.backend, SYNC_BACKENDS)
+        _check(self.deadline_s > 0, "deadline_s", self.deadline_s, "above 0")
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """What the pools are made of, and Ray."""
+
+    samplers: int = 1
+    trainers: int = 1
+    gpus_per_sampler: int = 0
+    gpus_per_trainer: int = 0
+    ray_address: str = "local"  # "local" starts a cluster that binds loopback alone; else the address of yours
+    dashboard_port: int = 8265
+    start_deadline_s: float = 180.0
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
+
+    def __post_init__(self) -> None:
+        _check(self.samplers > 0, "samplers", self.samplers, "above 0")
+        _check(self.trainers > 0, "trainers", self.trainers, "above 0")
+        _check(self.gpus_per_sampler >= 0, "gpus_per_sampler", self.gpus_per_sampler, "at least 0")
+        _check(self.gpus_per_trainer >= 0, "gpus_per_trainer", self.gpus_per_trainer, "at least 0")
+        _check(0 <= self.dashboard_port < 65536, "dashboard_port", self.dashboard_port, "from 0 to 65535; 0 is any free port")
+        _check(self.start_deadline_s > 0, "start_deadline_s", self.start_deadline_s, "above 0")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: where it writes, and how often it makes itself safe."""
+
+    dir: str = "outputs/weft"
+    fresh: bool = False  # True: an earlier run in `dir` is moved aside, never resumed
+    checkpoint_every: int = 5  # optimizer steps of an adapter between its checkpoints
+    keep_checkpoints: int = 2
+    table: str = "auto"  # the live table: auto (if there is a terminal), live, plain
+
+    def __post_init__(self) -> None:
+        _check(self.checkpoint_every > 0, "checkpoint_every", self.checkpoint_every, "above 0")
+        _check(self.keep_checkpoints > 1, "keep_checkpoints", self.keep_checkpoints, "at least 2")
+        _one_of("table", self.table, ("auto", "live", "plain"))
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole of one run. `adapters` are complete: template, every and sweep are folded in by `expand`."""
+
+    run: RunConfig
+    model: ModelConfig
+    cluster: ClusterConfig
+    adapters: tuple[AdapterConfig, ...]
+
+    def __post_init__(self) -> None:
+        names = [adapter.name for adapter in self.adapters]
+        for name in names:
+            _check(names.count(name) == 1, "adapters", name, "of distinct names: this one is there twice")
+        _check(bool(names), "adapters", names, "at least one adapter")
+        limit = self.cluster.sampler.max_lora_rank
+        for adapter in self.adapters:
+            fits = limit is None or adapter.lora.rank <= limit
+            _check(fits, f"adapters.{adapter.name}.lora.rank", adapter.lora.rank, f"at most cluster.sampler.max_lora_rank={limit}")

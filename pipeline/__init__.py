@@ -1,0 +1,1 @@
+"""What decides: pure asyncio over three small interfaces. Read `run.py` first."""

@@ -1,0 +1,60 @@
+"""The three pools as the pipeline sees them. `actors/pool.py` implements them over processes; the tests in virtual time.
+
+A pool restarts its own processes. What a caller must know of a death comes as an exception:
+samplers.rollout and every trainers call raise PeerDiedError when the process that served them died;
+`wait_ready` returns once the pool is whole again (samplers: every live version re-installed; trainers: empty, so load).
+AdapterFault is one adapter's own fault and ends that adapter alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from weft.configs.schema import AdapterConfig
+from weft.transport.messages import AdapterRef, Distributed, Group, Saved, StepResults, TrainBatch
+
+
+class Samplers(Protocol):
+    """Rollouts of any installed version."""
+
+    @property
+    def capacity(self) -> int:
+        """Rollouts (sequences) that all samplers together run at once."""
+
+    async def wait_ready(self) -> None: ...
+
+    async def add(self, config: AdapterConfig, lineage: int) -> int | None:
+        """Build the adapter's environment on every sampler; returns its number of training prompts, None if endless."""
+
+    async def drop(self, name: str) -> None: ...
+
+    async def rollout(self, ref: AdapterRef, prompt_index: int, group_size: int, held_out: bool = False) -> Group: ...
+
+
+class Trainers(Protocol):
+    """Weights, gradients and moments of every adapter."""
+
+    async def wait_ready(self) -> None: ...
+
+    async def add(self, config: AdapterConfig, lineage: int) -> None:
+        """Make version 0 (random A, zero B, or the warm start)."""
+
+    async def drop(self, name: str) -> None: ...
+
+    async def step(self, batches: Sequence[TrainBatch]) -> StepResults:
+        """One fused forward and backward over all batches, then one optimizer step each."""
+
+    async def save(self, ref: AdapterRef, folder: str) -> Saved: ...
+
+    async def load(self, ref: AdapterRef, folder: str) -> None: ...
+
+    async def export(self, ref: AdapterRef, folder: str) -> None: ...
+
+
+class ParamSync(Protocol):
+    """New versions to the samplers."""
+
+    async def publish(self, ref: AdapterRef, supersedes: AdapterRef | None) -> Distributed:
+        """Returns when every sampler that serves this adapter has installed `ref`. Survives the death of a relay or sampler;
+        raises PeerDiedError only for the trainer's."""

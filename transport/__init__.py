@@ -1,0 +1,1 @@
+"""What carries: typed messages over ZeroMQ, slabs over NCCL or gloo."""
