@@ -3,6 +3,7 @@
 A pool restarts its own processes. What a caller must know of a death comes as an exception:
 samplers.rollout and every trainers call raise PeerDiedError when the process that served them died;
 `wait_ready` returns once the pool is whole again (samplers: every live version re-installed; trainers: empty, so load).
+A trainers call that names an adapter whose process has died since its `add` raises PeerDiedError too, however late it comes.
 AdapterFault is one adapter's own fault and ends that adapter alone.
 """
 

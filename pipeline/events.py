@@ -1,0 +1,219 @@
+"""What the pipeline tells whoever watches: typed events as they happen, and statistics whenever asked.
+
+An observer is a plain function that takes an Event. It is called at once, in the pipeline's own thread and order, so it must
+be quick and must not wait; what it raises ends the run (an observer is code of ours). `time` is seconds since the pipeline
+began, of the pipeline's clock. Nothing here can change the pipeline.
+
+    PhaseChanged        an adapter goes on to another phase           (the table, the timeline)
+    GroupSampled        the siblings of one prompt are complete       (throughput of the samplers)
+    LaunchEnded         one trainer launch, shared by some adapters   (throughput of the trainer)
+    StepTaken           one optimizer step, installed everywhere      (the JSONL line, TensorBoard, Prometheus)
+    Evaluated           held-out prompts, before or after training
+    CheckpointWritten   a state that survives `kill -9`
+    AdapterFailed       one adapter's own fault; the others go on
+    Warned              what the user should know and need not act on
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Phase(StrEnum):
+    """What an adapter is about. Which may follow which is in adapter.py; the last three are ends."""
+
+    JOINING = "joining"  # samplers and trainers are told of it; weights made or loaded
+    EVALUATING = "evaluating"  # held-out prompts
+    SAMPLING = "sampling"  # waits for the groups of its next step
+    QUEUED = "queued"  # its batch waits for a place in a trainer launch
+    TRAINING = "training"  # its batch is in a running launch
+    SYNCING = "syncing"  # its new version is on the way to the samplers
+    CHECKPOINTING = "checkpointing"
+    ROLLING_BACK = "rolling back"  # its trainer died: waits for the new one
+    EXPORTING = "exporting"  # writes the PEFT folder
+    FINISHED = "finished"
+    FAILED = "failed"
+    LEFT = "left"
+
+    @property
+    def ended(self) -> bool:
+        """Whether the adapter is done for good."""
+        return self in (Phase.FINISHED, Phase.FAILED, Phase.LEFT)
+
+
+@dataclass(frozen=True)
+class PhaseChanged:
+    time: float
+    adapter: str
+    phase: Phase
+
+
+@dataclass(frozen=True)
+class GroupSampled:
+    """One group left its sampler. start: when it was dispatched; tokens: sampled tokens of all its rollouts."""
+
+    time: float
+    adapter: str
+    version: int  # the oldest that sampled any of it
+    start: float
+    sampler: int
+    rollouts: int
+    tokens: int
+    held_out: bool
+
+
+@dataclass(frozen=True)
+class LaunchEnded:
+    """One fused trainer step. seconds: from launch to reply; tokens: packed tokens by adapter."""
+
+    time: float
+    seconds: float
+    tokens: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class StepTaken:
+    """One optimizer step of one adapter, told when its new version is installed.
+
+    metrics: the trainer's (loss, grad_norm, logprob_diff, ...). environment: means over rollouts of the environment's own.
+    staleness: one number a group: the version trained minus the oldest version that sampled a token of it.
+    """
+
+    time: float
+    adapter: str
+    lineage: int
+    version: int  # after the step
+    num_steps: int
+    reward: float  # mean over the rollouts of the step
+    reward_std: float
+    staleness: tuple[int, ...]
+    max_staleness: int  # the bound
+    rollouts: int
+    turns: float  # mean a rollout
+    truncated: float  # share of the rollouts
+    tokens_sampled: int  # by the policy, in the rollouts of this step
+    tokens_trained: int  # packed: prompts included, rows without an advantage left out
+    rollout_seconds: float  # waited for the groups
+    queue_seconds: float  # waited for a place in a launch
+    train_seconds: float  # of the launch, which other adapters may share
+    sync_seconds: float  # from publishing to the last acknowledgement
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    environment: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """reward: mean over `prompts` held-out prompts (a success rate where rewards are 0 and 1)."""
+
+    time: float
+    adapter: str
+    version: int
+    final: bool  # False: eval_base, before the first step; True: eval_final, after the last
+    reward: float
+    prompts: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CheckpointWritten:
+    time: float
+    adapter: str
+    lineage: int
+    version: int
+    path: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class AdapterFailed:
+    """reason: one line; traceback: the whole of it, from the process where it was raised."""
+
+    time: float
+    adapter: str
+    reason: str
+    traceback: str
+
+
+@dataclass(frozen=True)
+class Warned:
+    """adapter: empty when it concerns the run as a whole."""
+
+    time: float
+    adapter: str
+    message: str
+
+
+Event = PhaseChanged | GroupSampled | LaunchEnded | StepTaken | Evaluated | CheckpointWritten | AdapterFailed | Warned
+Observer = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An adapter was in `phase` from `start` to `end` (seconds since the pipeline began; the newest one ends now)."""
+
+    adapter: str
+    phase: Phase
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class AdapterStatistics:
+    """One adapter now; after the run, its entry of the summary."""
+
+    name: str
+    phase: Phase
+    lineage: int
+    version: int  # optimizer steps completed
+    installed: int | None  # the version that new rollouts start with; None before the first is installed
+    num_steps: int
+    reward: float | None  # mean of the newest step; None before the first
+    rewards: tuple[float, ...]  # mean of each step since version 0, resumed ones too
+    staleness: int  # of the newest step's stalest group
+    max_staleness: int  # the bound
+    max_staleness_seen: int
+    staleness_violations: int  # groups spent beyond the bound: 0, or the run has ended with StalenessError
+    groups_in_flight: int  # admitted by the gate, not yet released: at most (max_staleness + 1) * groups_per_step
+    rollouts_in_flight: int  # on the samplers now
+    tokens_sampled: int  # of the groups that were trained
+    tokens_trained: int
+    eval_base: float | None
+    eval_final: float | None
+    joined: float  # seconds since the pipeline began
+    ended: float | None
+    rollbacks: int
+    peft_path: str = ""  # once exported
+    traceback: str = ""  # of a failed one
+
+
+@dataclass(frozen=True)
+class PoolStatistics:
+    """One pool now. Shares are of the time since the pipeline began.
+
+    load: time integral of in_flight / capacity (at most 1 counts); busy: share of the time with anything in flight.
+    """
+
+    capacity: int  # samplers: rollouts; trainers: launches
+    in_flight: int
+    waiting: int  # samplers: groups waiting for a place; trainers: batches waiting for a launch
+    load: float
+    busy: float
+    busy_seconds: float
+
+
+@dataclass(frozen=True)
+class PipelineStatistics:
+    """Everything at one moment."""
+
+    time: float  # seconds since the pipeline began
+    adapters: Mapping[str, AdapterStatistics]
+    samplers: PoolStatistics
+    trainers: PoolStatistics
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def staleness_violations(self) -> int:
+        """Sum over the adapters."""
+        return sum(adapter.staleness_violations for adapter in self.adapters.values())
