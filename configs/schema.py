@@ -15,7 +15,7 @@ MAX_RANK = 512
 SCHEDULES = ("constant", "linear", "cosine")
 LOSSES = ("importance_sampling", "ppo", "grpo", "dr_grpo", "cispo", "gspo", "dppo", "decoupled_ppo", "cross_entropy")
 ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce")
-NORMALIZATIONS = ("token", "sequence", "constant")
+NORMALIZATIONS = ("auto", "token", "sequence", "constant")
 CORRECTIONS = ("none", "tis", "icepop")
 ROLLOUT_VERSIONS = ("pinned", "between_turns")
 DTYPES = ("float32", "bfloat16")
@@ -80,7 +80,7 @@ class LossConfig:
 
     name: str = "grpo"
     advantage: str = "grpo"
-    normalization: str = "token"  # token: sum / loss tokens; sequence: mean of sequence means; constant: / (rows * max_tokens)
+    normalization: str = "auto"  # token: / loss tokens; sequence: mean of row means; constant: / (rows * max_tokens); auto: see denominator
     clip_low: float = 0.2  # the ratio is kept above 1 - clip_low ...
     clip_high: float = 0.2  # ... and below 1 + clip_high
     kl_coefficient: float = 0.0  # weight of the KL divergence to the base model
@@ -96,6 +96,14 @@ class LossConfig:
         _check(self.kl_coefficient >= 0, "kl_coefficient", self.kl_coefficient, "at least 0")
         _one_of("correction", self.correction, CORRECTIONS)
         _check(self.correction_cap >= 1, "correction_cap", self.correction_cap, "at least 1")
+        uncorrected = self.correction == "none" or self.name != "cross_entropy"
+        _check(uncorrected, "correction", self.correction, "none with name=cross_entropy, which has no ratio to correct")
+
+    @property
+    def denominator(self) -> str:
+        """normalization, where auto is the loss's own: constant for dr_grpo, sequence for gspo, token for the others."""
+        own = {"dr_grpo": "constant", "gspo": "sequence"}
+        return own.get(self.name, "token") if self.normalization == "auto" else self.normalization
 
 
 @dataclass(frozen=True)
