@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
@@ -61,8 +60,9 @@ class TrainBatch:
     """One adapter's optimizer step, packed: T tokens of n rows, no padding.
 
     tokens int32 [T]; offsets int32 [n + 1] (row i is offsets[i]:offsets[i+1]); mask bool [T] (True: this token was sampled
-    and has a loss); sampler_logprobs float32 [T]; versions int32 [T]; advantages float32 [n]; groups int32 [n] (siblings share one).
-    loss_tokens, loss_rows: the denominators of the whole step, which rows left out (advantage 0) still count in.
+    and has a loss); sampler_logprobs float32 [T]; versions int32 [T]; advantages float32 [n];
+    groups int32 [n] (siblings share one). loss_tokens, loss_rows: the denominators of the whole step, which rows left out
+    (advantage 0) still count in.
     """
 
     ref: AdapterRef
@@ -117,7 +117,7 @@ class AddAdapter:
 
 @dataclass(frozen=True)
 class AdapterAdded:
-    """num_prompts: training prompts of its environment, None if endless (samplers). num_parameters: of its weights (trainers)."""
+    """num_prompts: training prompts of its environment, None if endless (samplers). num_parameters: its weights (trainers)."""
 
     num_prompts: int | None = None
     num_parameters: int = 0
@@ -306,7 +306,7 @@ class Distributed:
 
 @dataclass(frozen=True)
 class JoinSampler:
-    """-> Done, when this sampler has the newest version of every adapter that the relay holds. A new endpoint replaces the old."""
+    """-> Done, when this sampler has the newest version of every adapter the relay holds. A new endpoint replaces the old."""
 
     sampler: int
     endpoint: str
