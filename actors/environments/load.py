@@ -1,0 +1,86 @@
+"""From the configuration to an environment, with everything that can be wrong said before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from weft.actors.environment import Environment, Prompt
+
+BUILT_IN = {
+    "calculator": "weft.actors.environments.calculator.Calculator",
+    "reasoning_gym": "weft.actors.environments.reasoning_gym.ReasoningGym",
+    "jsonl": "weft.actors.environments.jsonl.Jsonl",
+}
+MEMBERS = ("num_prompts", "prompt", "respond")  # of the protocol
+
+
+def load_environment(target: str, settings: Mapping[str, Any]) -> Environment:
+    """Import `target` (a built-in name or a dotted path) and build it from `settings` as keyword arguments.
+
+    Raises ValueError, naming target or setting, if it does not import, does not take these settings, refuses one of them, or
+    does not fit the Environment protocol (says which members it lacks, or how its first prompt is wrong).
+    """
+    factory = _import(target)
+    _check_settings(target, factory, settings)
+    try:
+        environment = factory(**settings)
+    except Exception as error:  # a user's class may raise anything: the settings are to blame first
+        raise ValueError(f"environment.target={target!r}: {_say(error)}") from error
+    _check_fit(target, environment)
+    return environment  # type: ignore[no-any-return]
+
+
+def _import(target: str) -> Any:
+    path = BUILT_IN.get(target, target)
+    module, _, name = path.rpartition(".")
+    if not module:
+        close = difflib.get_close_matches(target, BUILT_IN, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"environment.target={target!r}: must be one of {', '.join(BUILT_IN)}, or a dotted path{hint}")
+    try:
+        imported = importlib.import_module(module)
+    except Exception as error:  # a user's module may raise anything while it is imported
+        raise ValueError(f"environment.target={target!r}: module {module!r} does not import: {_say(error)}") from error
+    if not callable(getattr(imported, name, None)):
+        raise ValueError(f"environment.target={target!r}: module {module!r} has no class {name!r}")
+    return getattr(imported, name)
+
+
+def _check_settings(target: str, factory: Any, settings: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(factory).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    positional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+    names = [name for name, p in parameters.items() if p.kind not in positional]
+    for name in settings:
+        if name not in names and not takes_any:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"environment.settings.{name}: {target} has no such setting{hint} (it has {', '.join(names)})")
+    for name in names:
+        if parameters[name].default is inspect.Parameter.empty and name not in settings:
+            raise ValueError(f"environment.settings.{name} is not set: {target} needs it")
+
+
+def _check_fit(target: str, environment: Any) -> None:
+    lacks = [member for member in MEMBERS if not hasattr(environment, member)]
+    if lacks:
+        raise ValueError(f"environment.target={target!r}: does not fit the Environment protocol: lacks {', '.join(lacks)}")
+    if not inspect.iscoroutinefunction(environment.respond):
+        raise ValueError(f"environment.target={target!r}: respond must be an async function")
+    count = environment.num_prompts
+    if count is not None and (not isinstance(count, int) or count < 1):
+        raise ValueError(f"environment.target={target!r}: num_prompts={count!r}: must be above 0, or None for endless")
+    try:
+        prompt = environment.prompt(0, False)
+    except Exception as error:  # a user's class may raise anything
+        raise ValueError(f"environment.target={target!r}: prompt(0, False) raised {_say(error)}") from error
+    if not isinstance(prompt, Prompt) or not prompt.messages:
+        raise ValueError(f"environment.target={target!r}: prompt(0, False) returned {prompt!r}: must be a Prompt with messages")
+
+
+def _say(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
