@@ -179,7 +179,7 @@ class Metrics:
 
     @staticmethod
     def _write(file: Any, line: Mapping[str, Any]) -> None:
-        file.write(json.dumps(_finite(line), separators=(",", ":")) + "\n")
+        file.write(json.dumps(finite(line), separators=(",", ":")) + "\n")
         file.flush()
 
 
@@ -236,12 +236,12 @@ def _open_lines(path: Path) -> Any:
     return file
 
 
-def _finite(value: Any) -> Any:
-    """Plain JSON: NaN and infinities become null."""
+def finite(value: Any) -> Any:
+    """`value` as plain JSON can hold it: NaN and infinities become null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

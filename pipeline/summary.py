@@ -1,0 +1,174 @@
+"""summary.json: what a run came to, in one file that a script can read; and the same in a short table for the eye."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from weft.pipeline.events import AdapterStatistics, PipelineStatistics, PoolStatistics
+from weft.pipeline.history import AdapterHistory, History
+from weft.pipeline.metrics import finite
+
+Summary = dict[str, Any]
+
+
+def summarize(statistics: PipelineStatistics, history: History, wall_seconds: float) -> Summary:
+    """The summary of a run.
+
+    wall_seconds: of the command, from start to end, set-up of the cluster included; the seconds of earlier sessions that a
+    resume continues are in `session_seconds`. logprob_diff: |trainer - sampler| in nats, mean and max over the steps' means.
+    """
+    adapters = {
+        name: _adapter(adapter, history.adapters.get(name) or AdapterHistory(name))
+        for name, adapter in statistics.adapters.items()
+    }
+    ends = [*history.sessions[1:], history.seconds]
+    return {
+        "wall_seconds": wall_seconds,
+        "pipeline_seconds": statistics.time,
+        "session_seconds": [end - start for start, end in zip(history.sessions, ends, strict=False)],
+        "staleness_violations": statistics.staleness_violations,
+        "pools": {"samplers": _pool(statistics.samplers), "trainers": _pool(statistics.trainers)},
+        "warnings": list(statistics.warnings),
+        "adapters": adapters,
+    }
+
+
+def write_summary(path: str | Path, summary: Mapping[str, Any]) -> None:
+    """Write it whole or not at all: a reader never sees half a summary. NaN and infinities become null."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    text = json.dumps(finite(summary), indent=2) + "\n"
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def _adapter(now: AdapterStatistics, history: AdapterHistory) -> Summary:
+    _, rewards = history.series("reward/mean")
+    steps, differences = history.series("logprob_diff")
+    seconds = {name: _mean(history.series(f"time/{name}")[1]) for name in ("rollout", "queue", "train", "sync", "step")}
+    entry: Summary = {
+        "state": str(now.phase),
+        "version": now.version,
+        "lineage": now.lineage,
+        "num_steps": now.num_steps,
+        "eval_base": now.eval_base,
+        "eval_final": now.eval_final,
+        "reward_first": rewards[0] if rewards else None,
+        "reward_last": rewards[-1] if rewards else now.reward,
+        "max_staleness": now.max_staleness,
+        "max_staleness_seen": now.max_staleness_seen,
+        "staleness_violations": now.staleness_violations,
+        "tokens_sampled": now.tokens_sampled,
+        "tokens_trained": now.tokens_trained,
+        "logprob_diff": {
+            "mean": _mean(differences),
+            "max": max(differences, default=None),
+            "max_at_step": steps[differences.index(max(differences))] if differences else None,
+            "first": differences[0] if differences else None,
+        },
+        "mean_seconds": seconds,
+        "rollbacks": now.rollbacks,
+        "peft_path": now.peft_path,
+    }
+    if now.traceback:
+        entry["traceback"] = now.traceback
+    return entry
+
+
+def _pool(pool: PoolStatistics) -> Summary:
+    return {"capacity": pool.capacity, "busy": pool.busy, "load": pool.load, "busy_seconds": pool.busy_seconds}
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+# ---- the closing table ----
+
+
+def closing_table(summary: Mapping[str, Any]) -> Table:
+    """One row an adapter: what it could before, what it can now, and whether its promises were kept."""
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
+    table.add_column("adapter", no_wrap=True)
+    for heading in ("state", "steps"):
+        table.add_column(heading, justify="right" if heading == "steps" else "left", no_wrap=True)
+    table.add_column("held-out", justify="right", no_wrap=True)
+    table.add_column("stale", justify="right", no_wrap=True)
+    table.add_column("logprob_diff", justify="right", no_wrap=True)
+    table.add_column("trained", justify="right", no_wrap=True)
+    for name, adapter in summary["adapters"].items():
+        failed = adapter["state"] == "failed"
+        late = adapter["max_staleness_seen"] > adapter["max_staleness"]
+        table.add_row(
+            name,
+            Text(adapter["state"], style="red" if failed else "green" if adapter["state"] == "finished" else "yellow"),
+            f"{adapter['version']}/{adapter['num_steps']}",
+            _change(adapter["eval_base"], adapter["eval_final"]),
+            Text(f"{adapter['max_staleness_seen']}/{adapter['max_staleness']}", style="red" if late else ""),
+            _small(adapter["logprob_diff"]["mean"]),
+            count(adapter["tokens_trained"]),
+        )
+    return table
+
+
+def print_closing(summary: Mapping[str, Any], console: Console) -> None:
+    """The closing table, one line of totals, and the last line of each failed adapter's traceback."""
+    console.print()
+    console.print(closing_table(summary))
+    violations = summary["staleness_violations"]
+    pools = summary["pools"]
+    console.print(
+        f"{duration(summary['wall_seconds'])} in all · samplers busy {pools['samplers']['busy']:.0%}, "
+        f"trainer {pools['trainers']['busy']:.0%} · staleness violations {violations}",
+        style="bold red" if violations else "dim",
+        highlight=False,
+    )
+    for name, adapter in summary["adapters"].items():
+        if "traceback" in adapter:
+            last = adapter["traceback"].strip().splitlines()[-1]
+            console.print(
+                f"{name} failed: {last} (whole traceback in summary.json)", style="red", markup=False, highlight=False
+            )
+
+
+def _change(base: float | None, final: float | None) -> Text:
+    if base is None and final is None:
+        return Text("-", style="dim")
+    text = Text(f"{base:.2f}" if base is not None else "-", style="dim")
+    text.append(" → ")
+    if final is None:
+        return text.append("-")
+    better = base is None or final > base
+    return text.append(f"{final:.2f}", style="bold green" if better else "" if final == base else "bold red")
+
+
+def _small(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"
+
+
+def count(number: float) -> str:
+    """1234567 -> '1.2M': three significant digits at most."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}" if number / size < 999.5 else f"{number / size:.0f}{unit}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """75.2 -> '1:15'; 3700 -> '1:01:40'."""
+    minutes, rest = divmod(round(max(seconds, 0.0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
