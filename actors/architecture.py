@@ -5,7 +5,6 @@ H hidden size, I MLP width, V vocabulary, D head size; linears are named and sha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,22 +23,6 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
-
-    def inverse_frequencies(self, head_dim: int) -> list[float]:
-        """[D / 2] radians a position. linear: all divided by `factor`; llama3: only wavelengths beyond the original context,
-        blended up to the high frequencies (Llama 3.1's formula)."""
-        plain = [self.theta ** (-i / head_dim) for i in range(0, head_dim, 2)]
-        if self.kind == "linear":
-            return [frequency / self.factor for frequency in plain]
-        if self.kind == "llama3":
-            return [self._llama3(frequency) for frequency in plain]
-        return plain
-
-    def _llama3(self, frequency: float) -> float:
-        turns = self.original_max_positions * frequency / (2 * math.pi)  # rotations within the original context
-        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        kept = min(1.0, max(0.0, kept))
-        return frequency * (kept + (1 - kept) / self.factor)
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,49 @@
-""""""
+"""Linears that carry many adapters at once. Which implementation runs is decided by the device of the tokens.
+
+T tokens, N adapters, R_n rank of adapter n, I in, O out, P parts of a fused linear (q, k and v; gate and up).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from weft.kernels.lora import reference
+
+_FUSED_LORA_LINEAR = {"cpu": reference.fused_lora_linear}  # device type -> implementation; elsewhere the reference runs too
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Sequence[Tensor | None],
+    b: Sequence[Tensor | None],
+    scales: Sequence[float],
+    offsets: Sequence[int],
+) -> Tensor:
+    """x [T, I] -> [T, O]: x W^T + bias, and + scales[n] * (x A_n^T) B_n^T on the tokens offsets[n]:offsets[n + 1] of adapter n.
+
+    weight [O, I] and bias [O] are frozen; a[n] [R_n, I], b[n] [O, R_n], both None where adapter n leaves this linear alone.
+    Gradients go to x, a and b. Tokens outside every range get the base alone. (LoRA, Hu et al. 2021)
+    """
+    return fused_lora_linear(x, weight, bias, [weight.shape[0]], [a], [b], scales, offsets)
+
+
+def fused_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    widths: Sequence[int],
+    a: Sequence[Sequence[Tensor | None]],
+    b: Sequence[Sequence[Tensor | None]],
+    scales: Sequence[float],
+    offsets: Sequence[int],
+) -> Tensor:
+    """The same for P linears that share their input: weight [sum(widths), I] holds them one below the other.
+
+    a[p][n] [R_n, I] and b[p][n] [widths[p], R_n] are adapter n's pair for part p. -> [T, sum(widths)]
+    """
+    run = _FUSED_LORA_LINEAR.get(x.device.type, reference.fused_lora_linear)
+    return run(x, weight, bias, widths, a, b, scales, offsets)

@@ -1,0 +1,110 @@
+"""The decoder's pieces between its linears, with backwards written out: on a small base these cost more than the products do,
+and autograd's own backward takes several more passes over the tokens.
+
+T tokens, D head size, n heads, I MLP width. Reductions are in fp32, as in transformers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from weft.actors.architecture import Rope
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., D], weight [D] or broadcast against x's last dimensions: x / rms(x) * weight (Zhang and Sennrich 2019)."""
+    out: Tensor = _RmsNorm.apply(x, weight, eps)
+    return out
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """gate_up [T, 2 I] -> silu(gate) * up [T, I] (Shazeer 2020)."""
+    out: Tensor = _Swiglu.apply(gate_up)
+    return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, n, D], cos and sin [T, 1, D / 2]: turns each pair (x[i], x[i + D / 2]) by its angle (Su et al. 2021)."""
+    out: Tensor = _Rotate.apply(x, cos, sin)
+    return out
+
+
+def rope_table(rope: Rope, head_dim: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """-> cos and sin [length, D / 2] in fp32, of every angle position * inverse frequency.
+
+    The order of operations is that of transformers and vLLM: a far position makes a difference in the last bit visible.
+    """
+    inverse = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim))
+    if rope.kind == "linear":
+        inverse = inverse / rope.factor
+    elif rope.kind == "llama3":
+        turns = rope.original_max_positions * inverse / (2 * math.pi)  # within the original context
+        kept = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0.0, 1.0)
+        inverse = (1 - kept) * inverse / rope.factor + kept * inverse
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), inverse)
+    return angles.cos(), angles.sin()
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        rms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps)
+        scale = rms.rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        assert not ctx.needs_input_grad[1], "the base is frozen: a norm's weight would get no gradient here"
+        wide = x.float()
+        grad = grad_out.float() * weight
+        along = torch.linalg.vecdot(grad, wide).unsqueeze(-1)
+        along.mul_(scale.square()).div_(-x.shape[-1])
+        grad.addcmul_(wide, along).mul_(scale)
+        return grad.to(x.dtype), None, None
+
+
+class _Swiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad.chunk(2, dim=-1)
+        torch.mul(grad_out, F.silu(gate), out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad_out * up, gate, grad_input=grad_gate)
+        return grad
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad_out, cos, sin, -1.0), None, None  # the inverse of a rotation is its transpose
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out_first, out_second = out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-direction)
+    torch.mul(second, cos, out=out_second).addcmul_(first, sin, value=direction)
+    return out
