@@ -101,7 +101,7 @@ def _mean(values: list[float]) -> float | None:
 
 def closing_table(summary: Mapping[str, Any]) -> Table:
     """One row an adapter: what it could before, what it can now, and whether its promises were kept."""
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1))
     table.add_column("adapter", no_wrap=True)
     for heading in ("state", "steps"):
         table.add_column(heading, justify="right" if heading == "steps" else "left", no_wrap=True)
