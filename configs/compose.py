@@ -42,14 +42,14 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> dict[str
             groups.append(f"{key}={_choice(key, value, choices[key])}")
         else:
             values.append((override, sign, key, value))
-    chosen = _load(groups, config_dir, complete=not values)
+    chosen = _load(groups, config_dir, complete=False)
     _check_environment(groups, chosen)
     for override, sign, key, _ in values:
         _check_key(override, sign, key, chosen)
     plain = [override if sign == "~" else f"++{override.lstrip('+')}" for override, sign, _, _ in values]
     for override in plain:
         _check_grammar(override)
-    return _load(groups + plain, config_dir, complete=True) if plain else chosen
+    return _load(groups + plain, config_dir, complete=True)
 
 
 def descriptions(config_dir: str | None = None) -> dict[str, dict[str, str]]:
@@ -123,7 +123,8 @@ def _check_grammar(override: str) -> None:
         raise SettingError(f"{override.lstrip('+')}: cannot be read ({text}); quote the value, as in key='\"a, b\"'") from None
     if parsed.is_sweep_override():
         key = parsed.get_key_element().lstrip("+")
-        raise SettingError(f"{override.lstrip('+')}: must be one value; a list is {key}=[a,b], and sweep.{key}=[a,b] tries several")
+        hint = f"a list is {key}=[a,b]; sweep.{key.rsplit('.', 1)[-1]}=[a,b] tries both"
+        raise SettingError(f"{override.lstrip('+')}: must be one value; {hint}")
 
 
 def _load(overrides: list[str], config_dir: str | None, complete: bool) -> dict[str, Any]:

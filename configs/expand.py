@@ -96,7 +96,7 @@ def _named(adapters: Any) -> Iterator[tuple[Any, str, Settings]]:
 
 
 def merge(below: Settings, above: Settings) -> dict[str, Any]:
-    """`above` over `below`, mapping by mapping. An environment of another target inherits no settings: another class takes them."""
+    """`above` over `below`, mapping by mapping. An environment of another target inherits nothing: it is another class."""
     merged = dict(below)
     for name, value in above.items():
         under = merged.get(name)
@@ -104,7 +104,7 @@ def merge(below: Settings, above: Settings) -> dict[str, Any]:
             merged[name] = value
             continue
         if name == "environment" and value.get("target", under.get("target")) != under.get("target"):
-            under = {key: item for key, item in under.items() if key != "settings"}
+            under = {}
         merged[name] = merge(under, value)
     return merged
 

@@ -10,6 +10,7 @@
     │   └── AdapterFault         ... because of one adapter (its reward, its loss): the others go on
     ├── InstallError             a sampler could not take a version
     ├── RendezvousError          a broadcast group did not form in time; says which ranks came
+    ├── StartError               an actor did not start, or not in time; carries its traceback
     └── CheckpointError          a checkpoint cut short or altered
 """
 
@@ -65,6 +66,10 @@ class InstallError(WeftError):
 
 class RendezvousError(WeftError):
     """A broadcast group did not form in time."""
+
+
+class StartError(WeftError):
+    """An actor did not start, or not in time."""
 
 
 class CheckpointError(WeftError):

@@ -1,0 +1,317 @@
+"""Ray, in one file: one process an actor, its readiness under a deadline, its death as an event, and a clean end.
+
+    Cluster ──start(name, target, arguments)──> _Host in a process of its own: makes the actor, serves it over the channel
+            <──── Process: endpoint, pid, wait_death(), stop()
+                        wait_death waits for the host's one long call, `run`, which only the process's end or `stop` ends
+
+Control does not go through Ray but over transport.channel; Ray places, watches and shows. A local cluster binds loopback alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import importlib
+import logging
+import os
+import re
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from weft.configs.build import SettingError
+from weft.configs.schema import ClusterConfig
+from weft.transport.channel import Server
+from weft.transport.errors import StartError
+
+RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",  # nothing but loopback can reach a local cluster
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux: every port binds 127.0.0.1
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+}
+ACTOR_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+STOP_DEADLINE_S = 20.0
+COUNTERS = ("weft_tokens_sampled", "weft_tokens_trained")
+HISTOGRAMS = "weft_time_"
+SECONDS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
+
+
+class _Host:
+    """In the actor's process. `run` returns when `close` is called; until then its ObjectRef is the process's life.
+
+    An actor may have a future `fatal`: its exception (of a sampler whose engine has died) ends `run`, and so the process.
+    """
+
+    def __init__(self, target: str, arguments: Mapping[str, Any], environment: Mapping[str, str], path: list[str]) -> None:
+        os.environ.update(environment)  # before the target's imports: torch and vLLM read it once
+        sys.path.extend(entry for entry in path if entry not in sys.path)
+        module, name = target.rsplit(".", 1)
+        self._actor = getattr(importlib.import_module(module), name)(**arguments)
+        self._server = Server(self._actor.handle)
+
+    async def start(self, host: str) -> tuple[str, int]:
+        await self._actor.start()
+        return await self._server.start(f"tcp://{host}:0"), os.getpid()
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            watching = tasks.create_task(self._watch())
+            await self._server.serve()
+            watching.cancel()
+
+    async def _watch(self) -> None:
+        if hasattr(self._actor, "fatal"):
+            await asyncio.shield(self._actor.fatal)
+
+    async def close(self) -> None:
+        await self._server.aclose()
+        await self._actor.aclose()
+
+
+class Process:
+    """One actor's process, as long as it lives."""
+
+    def __init__(self, name: str, handle: Any, endpoint: str, pid: int) -> None:
+        self.name = name
+        self.endpoint = endpoint
+        self.pid = pid
+        self._handle = handle
+        self._life: asyncio.Future[None] = asyncio.wrap_future(handle.run.remote().future())
+
+    async def wait_death(self) -> str:
+        """Wait for the end of the process; returns why, in Ray's words."""
+        from ray.exceptions import RayError
+
+        try:
+            await asyncio.shield(self._life)
+        except RayError as error:
+            return f"{self.name} (pid {self.pid}) died: {_cause(error)}"
+        return f"{self.name} (pid {self.pid}) closed"
+
+    async def stop(self) -> None:
+        """End the actor in order, and the process in any case."""
+        import ray
+        from ray.exceptions import RayError
+
+        with contextlib.suppress(RayError, TimeoutError):
+            async with asyncio.timeout(STOP_DEADLINE_S):
+                await asyncio.wrap_future(self._handle.close.remote().future())
+        with contextlib.suppress(RayError):
+            ray.kill(self._handle)
+        await self.wait_death()
+        await asyncio.to_thread(_wait_gone, self.pid)
+
+
+class Cluster:
+    """Ray for one run, as an async context manager; at its exit nothing of the run is left: no process, no shared memory.
+
+    `folder` is the output folder: its path names the run, so that a run started again finds and removes what a killed one left.
+    Raises SettingError when the cluster has fewer GPUs than the pools ask for, StartError when Ray itself does not start.
+    """
+
+    def __init__(self, config: ClusterConfig, folder: str, dashboard: bool = True) -> None:
+        self._config = config
+        self._with_dashboard = dashboard
+        self._local = config.ray_address == "local"
+        self.run_id = hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:8]
+        shared = Path("/dev/shm")
+        self.shared_folder = (shared if shared.is_dir() else Path(tempfile.gettempdir())) / f"weft-{self.run_id}"
+        self.log_folder = Path(folder) / "logs"
+        self.dashboard = ""
+        # Unix sockets have paths of at most 107 bytes, and Ray puts 60 of its own behind this one.
+        self._ray_folder = Path(tempfile.gettempdir()) / f"weft-ray-{self.run_id}"
+        self._host = "127.0.0.1"
+
+    async def __aenter__(self) -> Cluster:
+        self._remove_leftovers()
+        self.shared_folder.mkdir(mode=0o700, parents=True)
+        try:
+            # On this thread, though it blocks: Ray's own processes end with the thread that started them.
+            self._start_ray()
+            self._check_gpus()
+        except BaseException:
+            self._stop_ray()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop_ray()
+
+    async def start(
+        self, name: str, target: str, arguments: Mapping[str, Any], gpus: int = 0, environment: Mapping[str, str] | None = None
+    ) -> Process:
+        """Start the class `target` (dotted path) in a process of its own, and wait until it is ready.
+
+        environment: variables set in that process before anything of the target is imported.
+        Raises StartError, which carries the traceback, when it does not start, or not within `start_deadline_s`.
+        """
+        import ray
+        from ray.exceptions import RayError
+
+        options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": 0, "max_concurrency": 16}
+        variables = {**ACTOR_ENVIRONMENT, **(environment or {})}
+        handle = ray.remote(_Host).options(**options).remote(target, dict(arguments), variables, list(sys.path))
+        try:
+            async with asyncio.timeout(self._config.start_deadline_s):
+                endpoint, pid = await asyncio.wrap_future(handle.start.remote(self._host).future())
+        except RayError as error:
+            raise StartError(f"{name} did not start: {_cause(error)}") from None
+        except TimeoutError:
+            ray.kill(handle)
+            limit = f"cluster.start_deadline_s={self._config.start_deadline_s:g}"
+            raise StartError(f"{name} was not ready within {limit}; free in Ray: {ray.available_resources()}") from None
+        except asyncio.CancelledError:
+            ray.kill(handle)
+            raise
+        return Process(name, handle, endpoint, pid)
+
+    def _start_ray(self) -> None:
+        with _variables(RAY_ENVIRONMENT if self._local else {}):
+            import ray
+
+            if not self._local:
+                context = ray.init(address=self._config.ray_address, log_to_driver=False, logging_level=logging.ERROR)
+                self._host = ray.util.get_node_ip_address()
+            else:
+                context = ray.init(
+                    address="local",
+                    num_cpus=1,  # actors take none, so placement never waits for one
+                    include_dashboard=self._with_dashboard,
+                    dashboard_host="127.0.0.1",
+                    dashboard_port=self._config.dashboard_port or _free_port(),
+                    object_store_memory=80 * 2**20,  # the least that Ray takes; no tensor goes through it
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    _temp_dir=str(self._ray_folder),
+                    # An engine is a child of its sampler; killed with it, and never left behind.
+                    _system_config={"process_group_cleanup_enabled": True},
+                )
+        self.dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else ""
+
+    def _check_gpus(self) -> None:
+        import ray
+
+        config = self._config
+        wanted = config.samplers * config.gpus_per_sampler + config.trainers * config.gpus_per_trainer
+        there = int(ray.cluster_resources().get("GPU", 0))
+        if wanted > there:
+            raise SettingError(gpu_message(config, there))
+
+    def _stop_ray(self) -> None:
+        import ray
+
+        processes = _descendants(self._ray_folder) if self._local else []
+        ray.shutdown()
+        _, alive = psutil.wait_procs(processes, timeout=5)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._keep_logs()
+        self._remove_leftovers()
+
+    def _keep_logs(self) -> None:
+        """What the actors wrote, beside the run's other output; Ray's own folder goes."""
+        logs = self._ray_folder / "session_latest" / "logs"
+        if logs.is_dir():
+            self.log_folder.mkdir(parents=True, exist_ok=True)
+            for file in [*logs.glob("worker-*.out"), *logs.glob("worker-*.err")]:
+                if file.stat().st_size:
+                    shutil.copy(file, self.log_folder / file.name)
+
+    def _remove_leftovers(self) -> None:
+        for folder in (self.shared_folder, self._ray_folder) if self._local else (self.shared_folder,):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def gpu_message(config: ClusterConfig, there: int) -> str:
+    """Says both sides: what the pools ask for and what there is."""
+    samplers = f"cluster.samplers={config.samplers} x gpus_per_sampler={config.gpus_per_sampler}"
+    trainers = f"cluster.trainers={config.trainers} x gpus_per_trainer={config.gpus_per_trainer}"
+    wanted = config.samplers * config.gpus_per_sampler + config.trainers * config.gpus_per_trainer
+    return f"{samplers} + {trainers} ask for {wanted} GPUs: must be at most the {there} that are there"
+
+
+class RayMetrics:
+    """The numbers of a run as Ray metrics: `weft_reward_mean` appears as `ray_weft_reward_mean` in Ray's Prometheus text.
+
+    Tokens of each step add up in a counter, seconds fill a histogram, and of everything else a gauge shows the newest value.
+    """
+
+    def __init__(self) -> None:
+        self._metrics: dict[str, Any] = {}
+
+    def record(self, name: str, value: float, tags: Mapping[str, str]) -> None:
+        """One value; a name has the same tag names for ever."""
+        from ray.util import metrics
+
+        metric = self._metrics.get(name)
+        if metric is None:
+            keys = tuple(sorted(tags))
+            if name in COUNTERS:
+                metric = metrics.Counter(name, tag_keys=keys)
+            elif name.startswith(HISTOGRAMS):
+                metric = metrics.Histogram(name, boundaries=SECONDS, tag_keys=keys)
+            else:
+                metric = metrics.Gauge(name, tag_keys=keys)
+            self._metrics[name] = metric
+        if isinstance(metric, metrics.Counter):
+            if value > 0:
+                metric.inc(value, tags=dict(tags))
+        elif isinstance(metric, metrics.Histogram):
+            metric.observe(value, tags=dict(tags))
+        else:
+            metric.set(value, tags=dict(tags))
+
+
+@contextlib.contextmanager
+def _variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Ray reads its settings from the environment when it is imported and when it starts its processes."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _descendants(folder: Path) -> list[psutil.Process]:
+    """Ray's processes that this one started in `folder`, their workers, and what the workers started."""
+    found: set[psutil.Process] = set()
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            if str(folder) in " ".join(child.cmdline()):
+                found.update([child, *child.children(recursive=True)])
+    return list(found)
+
+
+def _wait_gone(pid: int) -> None:
+    """The next process needs the GPU memory that this one holds until the kernel has taken it away."""
+    with contextlib.suppress(psutil.Error):  # gone already
+        psutil.wait_procs([psutil.Process(pid)], timeout=STOP_DEADLINE_S)
+
+
+def _cause(error: BaseException) -> str:
+    """What happened, the remote traceback with it."""
+    return re.sub("\x1b\\[[0-9;]*m", "", str(error)).strip() or type(error).__name__

@@ -1,0 +1,141 @@
+"""One process of a pool, kept alive: started, prepared, watched, and started again when it dies.
+
+    spawn ──> prepare ──> ready ──> (requests) ──> death: every pending request raises PeerDiedError ──> spawn ...
+       ^                                                                                             |
+       '──────────────────────── at most `restarts` times in a run ─────────────────────────────────'
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+from weft.transport.errors import PeerDiedError, StartError, WeftError
+
+RESTARTS = 5
+_log = logging.getLogger(__name__)
+
+
+class Process(Protocol):
+    """A ready process, as cluster.py and the tests make it."""
+
+    endpoint: str
+    pid: int
+
+    async def wait_death(self) -> str:
+        """Returns why it ended."""
+
+    async def stop(self) -> None:
+        """Ends it, if it has not ended."""
+
+
+class Client(Protocol):
+    """transport.channel.Client, or its twin in memory."""
+
+    async def request(self, message: Any, deadline_s: float | None) -> Any: ...
+
+    def fail(self, error: WeftError) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
+Spawn = Callable[[], Awaitable[Process]]
+Connect = Callable[[str], Client]
+
+
+class Member:
+    """One place of a pool and the process that fills it now.
+
+    prepare: what a fresh process is told before it is ready; lost: called at each death, before anything is restarted.
+    """
+
+    def __init__(self, name: str, spawn: Spawn, connect: Connect, restarts: int = RESTARTS) -> None:
+        self.name = name
+        self.deaths = 0
+        self._spawn = spawn
+        self._connect = connect
+        self._restarts = restarts
+        self._process: Process | None = None
+        self._client: Client | None = None
+        self._ready = asyncio.Event()
+        self._trouble = ""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes requests now."""
+        return self._ready.is_set()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has a process that can be asked, prepared or not."""
+        return self._client is not None
+
+    @property
+    def endpoint(self) -> str:
+        """Where its present process listens."""
+        assert self._process is not None
+        return self._process.endpoint
+
+    @property
+    def pid(self) -> int | None:
+        """Of its present process; None between two."""
+        return self._process.pid if self._process else None
+
+    async def wait_ready(self) -> None:
+        """Wait until it takes requests. `keep` ends with an exception, and so its TaskGroup, when it never will again."""
+        await self._ready.wait()
+
+    async def request(self, message: Any, deadline_s: float | None = None) -> Any:
+        """The reply of the present process; PeerDiedError if it dies first, or if there is none. Usable in `prepare`."""
+        if self._client is None:
+            raise PeerDiedError(f"{self.name} is being restarted")
+        return await self._client.request(message, deadline_s)
+
+    async def keep(self, prepare: Callable[[], Awaitable[None]], lost: Callable[[], Awaitable[None]]) -> None:
+        """Keep it alive until cancelled. Raises StartError or PeerDiedError when it cannot be."""
+        while True:
+            why = await self._one_life(prepare)
+            self.deaths += 1
+            why = f"{why}\n{self._trouble}".rstrip()
+            _log.warning("%s", why)
+            await lost()
+            if self.deaths > self._restarts:
+                raise PeerDiedError(f"{self.name} ended {self.deaths} times: more than a run survives. The last: {why}")
+
+    async def _one_life(self, prepare: Callable[[], Awaitable[None]]) -> str:
+        """From start to death; returns why it ended."""
+        try:
+            process = await self._spawn()
+        except StartError as error:
+            if self.deaths == 0:
+                raise  # it never ran: starting it again would show the same traceback, later
+            return str(error)
+        self._process, client = process, self._connect(process.endpoint)
+        self._client, self._trouble = client, ""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                preparing = tasks.create_task(self._prepare(process, prepare))
+                why = await process.wait_death()
+                self._ready.clear()
+                self._client = None
+                client.fail(PeerDiedError(why))
+                preparing.cancel()
+            return why
+        finally:
+            self._ready.clear()
+            self._process = self._client = None
+            await client.aclose()
+            await process.stop()
+
+    async def _prepare(self, process: Process, prepare: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await prepare()
+        except PeerDiedError:
+            return  # of this process, whose death is being awaited
+        except WeftError as error:
+            self._trouble = f"{self.name} could not be prepared: {error}"
+            await process.stop()
+        else:
+            self._ready.set()

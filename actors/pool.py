@@ -1,0 +1,323 @@
+"""The three pools that the pipeline awaits: pipeline/interfaces.py over processes that may die.
+
+    SamplerPool   a death: its rollouts raise PeerDiedError; the new process is told every adapter, joins the relay, is ready
+    TrainerPool   a death: every call about an adapter it held raises PeerDiedError until `add` makes that adapter again
+    ParamSyncPool a death: the new relay is told every sampler, and the trainers hand over every installed version again
+
+    publish(ref): trainer Publish ──slab──> relay Distribute ──> every joined sampler has installed it
+A sampler joins between publishes, never during one: so none is missed by it, and none reaches it twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any, TypeVar
+
+from weft.actors.member import Member
+from weft.configs.expand import to_mapping
+from weft.configs.schema import AdapterConfig
+from weft.transport import messages
+from weft.transport.errors import PeerDiedError, RemoteError, WeftError
+from weft.transport.messages import AdapterRef, Distributed, Group, Saved, SlabHandle, StepResults, TrainBatch
+
+STATISTICS_DEADLINE_S = 5.0
+ATTEMPTS = 5  # of one publish, while nothing has died: a death's notice may come later than the error that it causes
+PAUSE_S = 0.25  # before the second attempt, and longer before each one after it
+T = TypeVar("T")
+
+
+async def together(*calls: Coroutine[Any, Any, T]) -> list[T]:
+    """Await all at once. The first exception ends the others and is raised as it is, not in a group."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(call) for call in calls]
+    except ExceptionGroup as group:
+        raise group.exceptions[0] from None
+    return [task.result() for task in running]
+
+
+class TrainerPool:
+    """Weights, gradients and moments of every adapter; each adapter lives in one trainer."""
+
+    def __init__(self, members: Sequence[Member], deadline_s: float) -> None:
+        self._members = members
+        self._deadline_s = deadline_s  # of making an adapter: its environment or weights
+        self._home: dict[str, Member] = {}
+
+    async def wait_ready(self) -> None:
+        """Returns when every trainer runs. One that was restarted is empty: `add` and `load`."""
+        for member in self._members:
+            await member.wait_ready()
+
+    async def add(self, config: AdapterConfig, lineage: int) -> None:
+        await self.wait_ready()
+        member = self._home.get(config.name) or min(self._members, key=self._count)
+        await member.request(messages.AddAdapter(to_mapping(config), lineage), self._deadline_s)
+        self._home[config.name] = member
+
+    async def drop(self, name: str) -> None:
+        member = self._home.pop(name, None)
+        if member is not None:
+            with suppress(PeerDiedError):  # then it is gone already
+                await member.request(messages.DropAdapter(name), self._deadline_s)
+
+    async def step(self, batches: Sequence[TrainBatch]) -> StepResults:
+        shares: dict[Member, list[TrainBatch]] = {}
+        for batch in batches:
+            shares.setdefault(self._at(batch.ref.name), []).append(batch)
+        done = await together(*(member.request(messages.TrainStep(tuple(share))) for member, share in shares.items()))
+        results = tuple(result for part in done for result in part.results)
+        return StepResults(results, max(part.seconds for part in done))
+
+    async def save(self, ref: AdapterRef, folder: str) -> Saved:
+        saved: Saved = await self._at(ref.name).request(messages.Save(ref, folder))
+        return saved
+
+    async def load(self, ref: AdapterRef, folder: str) -> None:
+        await self._at(ref.name).request(messages.Load(ref, folder))
+
+    async def export(self, ref: AdapterRef, folder: str) -> None:
+        await self._at(ref.name).request(messages.Export(ref, folder))
+
+    async def publish(self, ref: AdapterRef) -> SlabHandle:
+        """The weights of `ref`, for the relay."""
+        handle: SlabHandle = await self._at(ref.name).request(messages.Publish(ref), self._deadline_s)
+        return handle
+
+    async def statistics(self) -> list[messages.TrainerStatistics]:
+        """Of those that answer now."""
+        return await _statistics(self._members)
+
+    async def prepare(self, member: Member) -> None:
+        """Nothing: a fresh trainer is empty until the pipeline adds to it."""
+
+    async def lost(self, member: Member) -> None:
+        self._home = {name: home for name, home in self._home.items() if home is not member}
+
+    def _at(self, name: str) -> Member:
+        if name not in self._home:
+            raise PeerDiedError(f"{name}: the trainer that held it has died; it has to be added and loaded again")
+        return self._home[name]
+
+    def _count(self, member: Member) -> int:
+        return sum(home is member for home in self._home.values())
+
+
+class ParamSyncPool:
+    """New versions to the samplers, over one relay."""
+
+    def __init__(self, member: Member, trainers: TrainerPool, deadline_s: float) -> None:
+        self._member = member
+        self._trainers = trainers
+        self._deadline_s = deadline_s  # of one sync
+        self._joined: dict[int, str] = {}  # sampler -> endpoint
+        self._current: dict[str, AdapterRef] = {}  # what the relay has distributed
+        self._absent: dict[str, asyncio.Event] = {}  # adapters that a new relay could not be given; set when they are published
+        self._turns = _Turns()
+
+    async def wait_ready(self) -> None:
+        await self._member.wait_ready()
+
+    async def publish(self, ref: AdapterRef, supersedes: AdapterRef | None) -> Distributed:
+        """Returns when every sampler that serves this adapter has installed `ref`.
+
+        Survives the death of the relay or of a sampler; raises PeerDiedError for the trainer's alone, and InstallError,
+        RendezvousError or DeadlineError when it fails again and again though nothing has died.
+        """
+        attempt = 0
+        while True:
+            async with self._turns.shared():
+                await self._member.wait_ready()
+                handle = await self._trainers.publish(ref)
+                world = self._world()
+                try:
+                    done: Distributed = await self._distribute(handle, supersedes)
+                except WeftError:
+                    attempt = 1 if world != self._world() else attempt + 1
+                    if attempt >= ATTEMPTS:
+                        raise
+                else:
+                    self._held(ref)
+                    return done
+            await asyncio.sleep(PAUSE_S * attempt)
+
+    async def join(self, sampler: int, endpoint: str) -> None:
+        """Returns when this sampler has the newest version of every adapter."""
+        async with self._turns.alone():
+            while True:
+                await self._member.wait_ready()
+                limit = self._deadline_s * (1 + len(self._current))
+                with suppress(PeerDiedError):  # the relay's: the next one is asked again
+                    await self._member.request(messages.JoinSampler(sampler, endpoint), limit)
+                    self._joined[sampler] = endpoint
+                    return
+
+    async def leave(self, sampler: int) -> None:
+        """No sync waits for this sampler any more."""
+        self._joined.pop(sampler, None)
+        with suppress(WeftError):  # a relay that cannot hear it now is told by `prepare` who is there
+            await self._member.request(messages.LeaveSampler(sampler), self._deadline_s)
+
+    async def drop(self, name: str) -> None:
+        self._current.pop(name, None)
+        self._settle(name)
+        with suppress(PeerDiedError):  # the next relay never hears of it
+            await self._member.request(messages.DropAdapter(name), self._deadline_s)
+
+    async def wait_held(self, name: str) -> None:
+        """Wait until the relay has what samplers need of this adapter: at once, but after a death of relay and sampler both."""
+        if name in self._absent:
+            await self._absent[name].wait()
+
+    async def statistics(self) -> list[messages.SyncStatistics]:
+        return await _statistics([self._member])
+
+    async def prepare(self, member: Member) -> None:
+        """Give a fresh relay the samplers and every installed version. What cannot be given now comes with its next publish."""
+        for sampler, endpoint in list(self._joined.items()):
+            try:
+                await member.request(messages.JoinSampler(sampler, endpoint), self._deadline_s)
+            except WeftError:
+                if not member.alive:
+                    raise
+                self._joined.pop(sampler, None)  # it is dying: it joins again when it is back
+        for name, ref in list(self._current.items()):
+            try:
+                handle = await self._trainers.publish(ref)
+                await self._distribute(handle, None)
+            except WeftError:
+                if not member.alive:
+                    raise
+                # The trainer has died, or is a version ahead: a publish of this adapter is on its way.
+                self._absent.setdefault(name, asyncio.Event())
+            else:
+                self._settle(name)
+
+    async def lost(self, member: Member) -> None:
+        """Nothing: the slabs that it held are with the trainers."""
+
+    async def _distribute(self, handle: SlabHandle, supersedes: AdapterRef | None) -> Distributed:
+        message = messages.Distribute(handle, tuple(self._joined), supersedes)
+        done: Distributed = await self._member.request(message, 2 * self._deadline_s)
+        return done
+
+    def _world(self) -> tuple[int, dict[int, str]]:
+        return self._member.deaths, dict(self._joined)
+
+    def _held(self, ref: AdapterRef) -> None:
+        self._current[ref.name] = ref
+        self._settle(ref.name)
+
+    def _settle(self, name: str) -> None:
+        if name in self._absent:
+            self._absent.pop(name).set()
+
+
+class SamplerPool:
+    """Rollouts of any installed version, each on the sampler with the fewest sequences in flight."""
+
+    def __init__(self, members: Sequence[Member], sync: ParamSyncPool, max_num_seqs: int, deadline_s: float) -> None:
+        self._members = members
+        self._sync = sync
+        self._max_num_seqs = max_num_seqs
+        self._deadline_s = deadline_s
+        self._adapters: dict[str, messages.AddAdapter] = {}
+        self._in_flight = dict.fromkeys(members, 0)
+
+    @property
+    def capacity(self) -> int:
+        """Sequences that all samplers together run at once."""
+        return len(self._members) * self._max_num_seqs
+
+    async def wait_ready(self) -> None:
+        """Returns when every sampler runs and has every adapter's newest version."""
+        for member in self._members:
+            await member.wait_ready()
+
+    async def add(self, config: AdapterConfig, lineage: int) -> int | None:
+        """Build the adapter's environment on every sampler; returns its number of training prompts, None if endless."""
+        message = self._adapters[config.name] = messages.AddAdapter(to_mapping(config), lineage)
+        try:
+            while True:
+                await self.wait_ready()
+                with suppress(PeerDiedError):  # the next process is told by `prepare`; told twice is told once
+                    added = await together(*(member.request(message, self._deadline_s) for member in self._members))
+                    return added[0].num_prompts
+        except WeftError:
+            self._adapters.pop(config.name, None)
+            raise
+
+    async def drop(self, name: str) -> None:
+        self._adapters.pop(name, None)
+        for member in self._members:
+            with suppress(PeerDiedError):  # the next process never hears of it
+                await member.request(messages.DropAdapter(name), self._deadline_s)
+        await self._sync.drop(name)
+
+    async def rollout(self, ref: AdapterRef, prompt_index: int, group_size: int, held_out: bool = False) -> Group:
+        """Raises PeerDiedError when the sampler that was sampling it died, AdapterFault when the environment raised."""
+        await self._sync.wait_held(ref.name)
+        ready = [member for member in self._members if member.ready]
+        if not ready:
+            raise PeerDiedError("every sampler is being restarted")
+        member = min(ready, key=self._in_flight.__getitem__)
+        self._in_flight[member] += group_size
+        try:
+            group: Group = await member.request(messages.Rollout(ref, prompt_index, group_size, held_out))
+            return group
+        finally:
+            self._in_flight[member] -= group_size
+
+    async def statistics(self) -> list[messages.SamplerStatistics]:
+        """Of those that answer now."""
+        return await _statistics(self._members)
+
+    async def prepare(self, member: Member) -> None:
+        """Tell a fresh sampler every adapter, and have the relay give it their newest versions."""
+        for name, message in list(self._adapters.items()):
+            if name in self._adapters:  # still; what comes while this goes on is told by `add`, which waits for this to end
+                with suppress(RemoteError):  # its own fault: its next rollout says so, to it alone
+                    await member.request(message, self._deadline_s)
+        await self._sync.join(self._members.index(member), member.endpoint)
+
+    async def lost(self, member: Member) -> None:
+        await self._sync.leave(self._members.index(member))
+
+
+class _Turns:
+    """Many share, or one is alone; whoever wants to be alone goes before those that come after it."""
+
+    def __init__(self) -> None:
+        self._sharing = 0
+        self._alone = asyncio.Lock()
+        self._free = asyncio.Event()
+        self._free.set()
+
+    @asynccontextmanager
+    async def shared(self) -> AsyncIterator[None]:
+        async with self._alone:
+            self._sharing += 1
+            self._free.clear()
+        try:
+            yield
+        finally:
+            self._sharing -= 1
+            if not self._sharing:
+                self._free.set()
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        async with self._alone:
+            await self._free.wait()
+            yield
+
+
+async def _statistics(members: Sequence[Member]) -> list[Any]:
+    async def ask(member: Member) -> Any:
+        with suppress(WeftError):  # a dying one has none; the next poll asks again
+            return await member.request(messages.GetStatistics(), STATISTICS_DEADLINE_S)
+
+    replies = await together(*(ask(member) for member in members))
+    return [reply for reply in replies if reply is not None]

@@ -1,0 +1,434 @@
+"""The pools over stand-in actors that keep the real protocol's state, served by the in-process transport, killed at will."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from weft.actors.member import Member
+from weft.actors.pool import ParamSyncPool, SamplerPool, TrainerPool
+from weft.configs.schema import AdapterConfig
+from weft.transport import messages
+from weft.transport.errors import AdapterFault, InstallError, PeerDiedError, RemoteError, StartError
+from weft.transport.memory import Client, Server
+from weft.transport.messages import AdapterRef
+
+PIDS = itertools.count(1000)
+
+
+class StandIn:
+    """A process: its actor answers over the transport until it is killed."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+        self.pid = next(PIDS)
+        self.endpoint = ""
+        self.server = Server(actor.handle)
+        self._dead = asyncio.Event()
+
+    async def wait_death(self) -> str:
+        await self._dead.wait()
+        return f"pid {self.pid} was killed"
+
+    async def stop(self) -> None:
+        await self.server.aclose()
+        self._dead.set()
+
+    async def kill(self) -> None:
+        await self.stop()
+
+
+class Sampler:
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.told: list[str] = []
+        self.installed: dict[str, AdapterRef] = {}
+        self.hold = asyncio.Event()
+        self.hold.set()
+        self.rollouts = 0
+
+    async def handle(self, message: Any) -> Any:
+        match message:
+            case messages.AddAdapter():
+                if message.config["name"] in self.world.broken:
+                    raise AdapterFault("its environment raised", kind="ValueError", traceback="here")
+                self.told.append(message.config["name"])
+                return messages.AdapterAdded(num_prompts=7)
+            case messages.Install():
+                if message.ref.name in self.world.uninstallable:
+                    raise InstallError("canary")
+                self.installed[message.ref.name] = message.ref
+                return messages.Done()
+            case messages.Rollout():
+                self.rollouts += 1
+                await self.hold.wait()
+                if message.ref.name not in self.installed:
+                    raise InstallError(f"no {message.ref.name}")
+                return messages.Group(self.installed[message.ref.name], message.prompt_index, ())
+            case messages.GetStatistics():
+                return messages.SamplerStatistics(1, 2, (), 0, 0, 0, 0.0)
+            case messages.DropAdapter():
+                self.told.remove(message.name)
+                self.installed.pop(message.name, None)
+                return messages.Done()
+
+
+class Trainer:
+    def __init__(self, world: World) -> None:
+        self.versions: dict[str, AdapterRef] = {}
+
+    async def handle(self, message: Any) -> Any:
+        match message:
+            case messages.AddAdapter():
+                self.versions[message.config["name"]] = AdapterRef(message.config["name"], message.lineage, 0)
+                return messages.AdapterAdded()
+            case messages.TrainStep():
+                refs = [batch.ref for batch in message.batches]
+                assert all(self.versions[ref.name] == ref for ref in refs)
+                self.versions.update({ref.name: AdapterRef(ref.name, ref.lineage, ref.version + 1) for ref in refs})
+                return messages.StepResults(tuple(messages.StepResult(self.versions[ref.name], 0, {}) for ref in refs), 1.0)
+            case messages.Publish():
+                assert self.versions[message.ref.name] == message.ref
+                return messages.SlabHandle(message.ref, 0, "float32", 1, 1.0, (), 0.0, 0.0)
+            case messages.Load():
+                self.versions[message.ref.name] = message.ref
+                return messages.Done()
+            case messages.DropAdapter():
+                del self.versions[message.name]
+                return messages.Done()
+
+
+class Relay:
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.endpoints: dict[int, str] = {}
+        self.newest: dict[str, messages.SlabHandle] = {}
+        self.hold = asyncio.Event()
+        self.hold.set()
+
+    async def _install(self, sampler: int, ref: AdapterRef) -> None:
+        client = Client(self.endpoints[sampler])
+        try:
+            await client.request(messages.Install(ref), None)
+        finally:
+            await client.aclose()
+
+    async def handle(self, message: Any) -> Any:
+        match message:
+            case messages.Distribute():
+                self.world.distributing.set()
+                await self.hold.wait()
+                for sampler in message.samplers:
+                    await self._install(sampler, message.handle.ref)
+                self.newest[message.handle.ref.name] = message.handle
+                return messages.Distributed(0.0, 0.0, 0.0)
+            case messages.JoinSampler():
+                self.endpoints[message.sampler] = message.endpoint
+                for handle in self.newest.values():
+                    await self._install(message.sampler, handle.ref)
+                return messages.Done()
+            case messages.LeaveSampler():
+                self.endpoints.pop(message.sampler, None)
+                return messages.Done()
+            case messages.DropAdapter():
+                self.newest.pop(message.name, None)
+                return messages.Done()
+
+
+class World:
+    """Two samplers, a trainer and a relay; `processes[name]` lists each member's lives, the newest last."""
+
+    def __init__(self) -> None:
+        self.processes: dict[str, list[StandIn]] = {}
+        self.broken: set[str] = set()
+        self.uninstallable: set[str] = set()
+        self.distributing = asyncio.Event()
+        self.starts_fail = False
+        self.tasks: asyncio.TaskGroup
+
+    def member(self, name: str, kind: Callable[[World], Any]) -> Member:
+        async def spawn() -> StandIn:
+            if self.starts_fail:
+                raise StartError(f"{name} did not start")
+            process = StandIn(kind(self))
+            process.endpoint = await process.server.start("memory://")
+            self.tasks.create_task(process.server.serve())
+            self.processes.setdefault(name, []).append(process)
+            return process
+
+        return Member(name, spawn, Client)
+
+    def now(self, name: str) -> StandIn:
+        return self.processes[name][-1]
+
+    async def kill(self, name: str) -> None:
+        await self.now(name).kill()
+
+    async def until(self, rule: Callable[[], bool]) -> None:
+        while not rule():  # noqa: ASYNC110  the pools tell nobody of a restart but those who wait for one
+            await asyncio.sleep(0)
+
+
+class Pools:
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.sampler_members = [world.member(f"sampler-{index}", Sampler) for index in range(2)]
+        self.trainer_member = world.member("trainer-0", Trainer)
+        self.relay_member = world.member("relay", Relay)
+        self.trainers = TrainerPool([self.trainer_member], 5)
+        self.sync = ParamSyncPool(self.relay_member, self.trainers, 5)
+        self.samplers = SamplerPool(self.sampler_members, self.sync, 16, 5)
+
+    def keep(self, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
+        pools: list[tuple[Any, Member]] = [(self.samplers, member) for member in self.sampler_members]
+        pools += [(self.trainers, self.trainer_member), (self.sync, self.relay_member)]
+
+        def bound(pool: Any, member: Member) -> tuple[Callable[[], Awaitable[None]], Callable[[], Awaitable[None]]]:
+            return lambda: pool.prepare(member), lambda: pool.lost(member)
+
+        return [tasks.create_task(member.keep(*bound(pool, member))) for pool, member in pools]
+
+    async def add(self, name: str) -> AdapterRef:
+        config, ref = AdapterConfig(name), AdapterRef(name, 0, 0)
+        await self.trainers.add(config, 0)
+        assert await self.samplers.add(config, 0) == 7
+        await self.sync.publish(ref, None)
+        return ref
+
+    async def step(self, ref: AdapterRef) -> AdapterRef:
+        done = await self.trainers.step([batch(ref)])
+        return done.results[0].ref
+
+
+def batch(ref: AdapterRef) -> messages.TrainBatch:
+    none = np.zeros(0, np.int32)
+    return messages.TrainBatch(ref, none, none, none.astype(bool), none.astype(np.float32), none, none, none, 0, 0)
+
+
+@asynccontextmanager
+async def running() -> AsyncIterator[tuple[Pools, World]]:
+    world = World()
+    async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+        world.tasks = tasks
+        pools = Pools(world)
+        kept = pools.keep(tasks)
+        await pools.samplers.wait_ready()
+        await pools.trainers.wait_ready()
+        try:
+            yield pools, world
+        finally:
+            for task in kept:
+                task.cancel()
+
+
+def test_a_rollout_goes_to_the_sampler_with_the_fewest_sequences_in_flight() -> None:
+    async def law() -> None:
+        async with running() as (pools, world), asyncio.TaskGroup() as tasks:
+            ref = await pools.add("a")
+            samplers = [world.now(f"sampler-{index}").actor for index in range(2)]
+            for sampler in samplers:
+                sampler.hold.clear()
+            for size in (4, 1, 1, 1, 1):  # 4 | 1 1 1 1
+                tasks.create_task(pools.samplers.rollout(ref, 0, size))
+                await world.until(lambda: sum(sampler.rollouts for sampler in samplers) > 0)
+                await asyncio.sleep(0)
+            await world.until(lambda: sum(sampler.rollouts for sampler in samplers) == 5)
+            assert sorted(sampler.rollouts for sampler in samplers) == [1, 4]
+            for sampler in samplers:
+                sampler.hold.set()
+
+    asyncio.run(law())
+
+
+def test_a_samplers_death_ends_its_rollouts_and_its_successor_has_every_adapters_newest_version() -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            refs = [await pools.add(name) for name in ("a", "b")]
+            newer = await pools.step(refs[0])
+            await pools.sync.publish(newer, refs[0])
+            for index in range(2):
+                world.now(f"sampler-{index}").actor.hold.clear()
+            rollouts = [asyncio.ensure_future(pools.samplers.rollout(newer, i, 1)) for i in range(2)]  # noqa: TID251
+            await world.until(lambda: all(world.now(f"sampler-{index}").actor.rollouts == 1 for index in range(2)))
+            await world.kill("sampler-0")
+            done, pending = await asyncio.wait(rollouts, return_when=asyncio.FIRST_COMPLETED)
+            assert [type(task.exception()) for task in done] == [PeerDiedError]
+            world.now("sampler-1").actor.hold.set()
+            assert [(await task).ref for task in pending] == [newer]  # the other sampler's rollout never noticed
+            await pools.samplers.wait_ready()
+            successor = world.now("sampler-0").actor
+            assert len(world.processes["sampler-0"]) == 2
+            assert sorted(successor.told) == ["a", "b"]
+            assert successor.installed == {"a": newer, "b": refs[1]}
+
+    asyncio.run(law())
+
+
+def test_a_trainers_death_is_told_to_every_adapter_it_held_until_each_is_made_again() -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            refs = [await pools.add(name) for name in ("a", "b")]
+            await world.kill("trainer-0")
+            await world.until(lambda: len(world.processes["trainer-0"]) == 2)
+            await pools.trainers.wait_ready()
+            for call in (
+                lambda: pools.trainers.step([batch(refs[0])]),
+                lambda: pools.trainers.save(refs[1], "x"),
+                lambda: pools.sync.publish(refs[1], None),
+            ):
+                with pytest.raises(PeerDiedError):
+                    await call()
+            await pools.trainers.add(AdapterConfig("a"), 1)
+            restored = AdapterRef("a", 1, 5)
+            await pools.trainers.load(restored, "folder")
+            await pools.sync.publish(restored, refs[0])
+            assert (await pools.samplers.rollout(restored, 0, 1)).ref == restored
+            with pytest.raises(PeerDiedError):  # b has not been made again
+                await pools.trainers.step([batch(refs[1])])
+
+    asyncio.run(law())
+
+
+def test_a_publish_in_flight_survives_the_relays_death_and_every_version_is_given_to_the_next_relay() -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            refs = [await pools.add(name) for name in ("a", "b")]
+            newer = await pools.step(refs[0])
+            world.now("relay").actor.hold.clear()
+            world.distributing.clear()
+            async with asyncio.TaskGroup() as tasks:
+                publishing = tasks.create_task(pools.sync.publish(newer, refs[0]))
+                await world.distributing.wait()
+                await world.kill("relay")
+                await publishing
+            relay = world.now("relay").actor
+            assert sorted(relay.endpoints) == [0, 1]
+            assert {name: handle.ref for name, handle in relay.newest.items()} == {"a": newer, "b": refs[1]}
+            assert all(world.now(f"sampler-{index}").actor.installed["a"] == newer for index in range(2))
+            await world.kill("sampler-1")  # and what the new relay holds is enough for a sampler that comes now
+            await world.until(lambda: len(world.processes["sampler-1"]) == 2)
+            await pools.samplers.wait_ready()
+            assert world.now("sampler-1").actor.installed == {"a": newer, "b": refs[1]}
+
+    asyncio.run(law())
+
+
+def test_a_publish_survives_the_death_of_a_sampler_that_it_waits_for() -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            ref = await pools.add("a")
+            newer = await pools.step(ref)
+            world.now("relay").actor.hold.clear()
+            world.distributing.clear()
+            async with asyncio.TaskGroup() as tasks:
+                publishing = tasks.create_task(pools.sync.publish(newer, ref))
+                await world.distributing.wait()
+                await world.kill("sampler-0")
+                world.now("relay").actor.hold.set()
+                await publishing
+            await world.until(lambda: len(world.processes["sampler-0"]) == 2)
+            await pools.samplers.wait_ready()
+            assert all(world.now(f"sampler-{index}").actor.installed["a"] == newer for index in range(2))
+
+    asyncio.run(law())
+
+
+def test_relay_and_sampler_dead_while_the_trainer_is_a_version_ahead_rollouts_wait_for_the_next_publish() -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            ref = await pools.add("a")
+            newer = await pools.step(ref)  # not published yet
+            for name in ("relay", "sampler-0", "sampler-1"):
+                await world.kill(name)
+            await world.until(lambda: all(len(world.processes[name]) == 2 for name in ("relay", "sampler-0", "sampler-1")))
+            await pools.samplers.wait_ready()
+            async with asyncio.TaskGroup() as tasks:
+                rollout = tasks.create_task(pools.samplers.rollout(ref, 0, 1))
+                await asyncio.sleep(0.05)
+                assert not rollout.done()
+                await pools.sync.publish(newer, ref)
+            assert rollout.result().ref == newer
+
+    asyncio.run(law())
+
+
+def test_an_adapters_own_fault_passes_through_and_touches_no_other() -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            await pools.add("a")
+            world.broken.add("b")
+            with pytest.raises(AdapterFault):
+                await pools.samplers.add(AdapterConfig("b"), 0)
+            await pools.add("c")
+            world.broken.add("a")  # it raises from now on: a fresh sampler comes up without it, for all the others
+            await world.kill("sampler-0")
+            await world.until(lambda: len(world.processes["sampler-0"]) == 2)
+            await pools.samplers.wait_ready()
+            assert world.now("sampler-0").actor.told == ["c"]
+
+    asyncio.run(law())
+
+
+def test_a_version_that_no_sampler_takes_is_an_install_error_after_a_bounded_number_of_attempts() -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            ref = await pools.add("a")
+            world.uninstallable.add("a")
+            newer = await pools.step(ref)
+            with pytest.raises((InstallError, RemoteError)):
+                await pools.sync.publish(newer, ref)
+
+    asyncio.run(law())
+
+
+def test_a_dropped_adapter_is_forgotten_by_all_three_pools() -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            await pools.add("a")
+            await pools.add("b")
+            await pools.samplers.drop("a")
+            await pools.trainers.drop("a")
+            assert world.now("sampler-0").actor.told == ["b"]
+            assert list(world.now("relay").actor.newest) == ["b"]
+            assert list(world.now("trainer-0").actor.versions) == ["b"]
+            await world.kill("sampler-0")
+            await world.until(lambda: len(world.processes["sampler-0"]) == 2)
+            await pools.samplers.wait_ready()
+            assert world.now("sampler-0").actor.told == ["b"]
+
+    asyncio.run(law())
+
+
+def test_a_member_that_dies_again_and_again_ends_the_run_and_one_that_never_starts_ends_it_at_once() -> None:
+    async def dies() -> None:
+        async with running() as (pools, world):
+            for life in range(1, 7):
+                await world.until(lambda life=life: len(world.processes["sampler-0"]) == life)
+                await world.kill("sampler-0")
+            await asyncio.Event().wait()
+
+    async def never_starts() -> None:
+        world = World()
+        world.starts_fail = True
+        async with asyncio.timeout(5), asyncio.TaskGroup() as tasks:
+            world.tasks = tasks
+            Pools(world).keep(tasks)
+
+    for law, kind in ((dies, PeerDiedError), (never_starts, StartError)):
+        with pytest.raises(ExceptionGroup) as caught:
+            asyncio.run(law())
+        assert caught.group_contains(kind)
+
+
+def test_statistics_are_of_the_processes_that_answer() -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            assert len(await pools.samplers.statistics()) == 2
+
+    asyncio.run(law())
