@@ -4,12 +4,14 @@ A pool restarts its own processes. What a caller must know of a death comes as a
 samplers.rollout and every trainers call raise PeerDiedError when the process that served them died;
 `wait_ready` returns once the pool is whole again (samplers: every live version re-installed; trainers: empty, so load).
 A trainers call that names an adapter whose process has died since its `add` raises PeerDiedError too, however late it comes.
+Samplers' `add` and `drop`, and `publish`, ride over the death of a sampler themselves.
 AdapterFault is one adapter's own fault and ends that adapter alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from weft.configs.schema import AdapterConfig
@@ -59,3 +61,12 @@ class ParamSync(Protocol):
     async def publish(self, ref: AdapterRef, supersedes: AdapterRef | None) -> Distributed:
         """Returns when every sampler that serves this adapter has installed `ref`. Survives the death of a relay or sampler;
         raises PeerDiedError only for the trainer's."""
+
+
+@dataclass(frozen=True)
+class Pools:
+    """All three."""
+
+    samplers: Samplers
+    trainers: Trainers
+    sync: ParamSync

@@ -1,0 +1,240 @@
+"""One adapter's checkpoints: atomic, verified, resumable.
+
+    <run.dir>/checkpoints/<adapter>/
+        00000-00000005/         lineage 0, version 5: complete, or not there
+            manifest.json       names every file with its size and SHA-256, and ends in its own SHA-256
+            pipeline.json       what the pipeline knows: Progress and the adapter's configuration
+            ...                 what the trainer wrote
+        lineage.json            the newest lineage ever begun: none is used twice, whatever was lost
+        finished.json           only once the adapter is done: its last Progress
+        .writing/               the next one; without meaning until it is renamed
+        00000-00000004.damaged/ did not verify; kept for whoever wants to know why
+
+A checkpoint becomes one by a rename, after every byte of it is on the disk; the older ones go only after that. So `kill -9` at
+any instant leaves all that was complete. These functions block on the disk: the pipeline calls them in a thread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weft.configs.schema import AdapterConfig
+from weft.pipeline.adapter import Progress
+from weft.transport.errors import CheckpointError
+
+MANIFEST, PIPELINE, LINEAGE, FINISHED, WRITING = "manifest.json", "pipeline.json", "lineage.json", "finished.json", ".writing"
+_NAME = re.compile(r"(\d{5,})-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete and verified one."""
+
+    folder: Path
+    progress: Progress
+    config: Mapping[str, Any]
+
+
+class Checkpoints:
+    """All checkpoints of one adapter. Only one process may write them."""
+
+    def __init__(self, run_dir: str, name: str, keep: int) -> None:
+        self.folder = Path(run_dir) / "checkpoints" / name
+        self._keep = keep
+
+    def begin(self) -> Path:
+        """An empty folder for the trainer to write into."""
+        writing = self.folder / WRITING
+        if writing.exists():
+            shutil.rmtree(writing)
+        writing.mkdir(parents=True)
+        return writing
+
+    def commit(self, config: AdapterConfig, progress: Progress, checksums: Mapping[str, str]) -> Path:
+        """Make what was written since `begin` the newest checkpoint. `checksums`: the trainer's files with their SHA-256.
+
+        Raises CheckpointError, and changes nothing, when a file on the disk is not the one that the trainer says it wrote.
+        """
+        writing = self.folder / WRITING
+        _write_sealed(writing / PIPELINE, {"progress": dataclasses.asdict(progress), "config": plain(config)})
+        files = {}
+        for path in sorted(path for path in writing.rglob("*") if path.is_file()):
+            name = path.relative_to(writing).as_posix()
+            files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for name, checksum in checksums.items():
+            if files.get(name, {}).get("sha256") != checksum:
+                raise CheckpointError(f"{writing / name}: not what the trainer wrote")
+        _write_sealed(writing / MANIFEST, {"files": files, "lineage": progress.lineage, "version": progress.version})
+        for path in [*writing.rglob("*"), writing]:
+            _sync(path)
+        final = self.folder / f"{progress.lineage:05d}-{progress.version:08d}"
+        assert not final.exists(), f"{final}: a lineage has each version once"
+        os.replace(writing, final)
+        _sync(self.folder)
+        for old in self._complete()[self._keep :]:
+            shutil.rmtree(old)
+        return final
+
+    def newest(self) -> tuple[Checkpoint | None, list[str]]:
+        """The newest that verifies (None: there is none), and one line about each that did not, which is set aside."""
+        said: list[str] = []
+        for folder in self._complete():
+            try:
+                return verify(folder), said
+            except CheckpointError as error:
+                aside = folder.with_name(folder.name + ".damaged")
+                if aside.exists():
+                    shutil.rmtree(aside)
+                os.replace(folder, aside)
+                said.append(f"{error}; set aside, the one before it is used")
+        return None, said
+
+    def peek(self) -> Checkpoint | None:
+        """As `newest`, touching nothing."""
+        for folder in self._complete():
+            try:
+                return verify(folder)
+            except CheckpointError:
+                continue
+        return None
+
+    def next_lineage(self) -> int:
+        """A lineage that was never used, taken for good before this returns."""
+        used = [int(match[1]) for match in map(_NAME.match, self._names()) if match]
+        path = self.folder / LINEAGE
+        if path.exists():
+            try:
+                used.append(int(_read_sealed(path)["lineage"]))
+            except CheckpointError:
+                used.append(max(used, default=0) + 1000)  # how many it had counted is lost: leave them all behind
+        lineage = max(used, default=-1) + 1
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _replace_sealed(path, {"lineage": lineage})
+        return lineage
+
+    def finish(self, config: AdapterConfig, progress: Progress) -> None:
+        """Note that the adapter is done."""
+        _replace_sealed(self.folder / FINISHED, {"progress": dataclasses.asdict(progress), "config": plain(config)})
+
+    def finished(self, config: AdapterConfig) -> Progress | None:
+        """Where the adapter ended; None if it has not, or is to go on further than it did."""
+        path = self.folder / FINISHED
+        if not path.exists():
+            return None
+        try:
+            progress = _progress(_read_sealed(path)["progress"])
+        except CheckpointError:
+            return None  # its last checkpoint is whole, or the one before is: what followed is done again
+        return progress if progress.version >= config.num_steps else None
+
+    def _names(self) -> list[str]:
+        return [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
+
+    def _complete(self) -> list[Path]:
+        """Newest first: a later lineage is a later history."""
+        matches = [match for match in map(_NAME.fullmatch, self._names()) if match]
+        return [self.folder / match[0] for match in sorted(matches, key=lambda match: (-int(match[1]), -int(match[2])))]
+
+
+def check_resume(run_dir: str, config: AdapterConfig) -> None:
+    """Raises ValueError when `run_dir` holds this adapter under another configuration (num_steps may grow)."""
+    found = Checkpoints(run_dir, config.name, 1).peek()
+    if found is None:
+        return
+    now = plain(config)
+    for path, saved, value in _differences(found.config, now, f"adapters.{config.name}"):
+        if path == f"adapters.{config.name}.num_steps" and isinstance(saved, int) and value >= saved:
+            continue
+        rule = f"{saved!r}, as in the run that {run_dir} holds (run.fresh=true starts anew)"
+        raise ValueError(f"{path}={value!r}: must be {rule}")
+
+
+def verify(folder: Path) -> Checkpoint:
+    """Read a checkpoint. Raises CheckpointError naming the file that is cut short, altered or not there."""
+    manifest = _read_sealed(folder / MANIFEST)
+    for name, said in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: not there")
+        if path.stat().st_size != said["bytes"]:
+            raise CheckpointError(f"{path}: {path.stat().st_size} bytes, not {said['bytes']}")
+        if _sha256(path) != said["sha256"]:
+            raise CheckpointError(f"{path}: altered, its SHA-256 is another")
+    own = _read_sealed(folder / PIPELINE)
+    return Checkpoint(folder, _progress(own["progress"]), own["config"])
+
+
+def replace_folder(written: Path, final: Path) -> None:
+    """Put the folder `written` in the place of `final`, with every byte on the disk before."""
+    for path in [*written.rglob("*"), written]:
+        _sync(path)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(written, final)
+    _sync(final.parent)
+
+
+def plain(config: AdapterConfig) -> dict[str, Any]:
+    """The configuration as JSON has it."""
+    return dict(json.loads(json.dumps(dataclasses.asdict(config))))
+
+
+def _progress(saved: Mapping[str, Any]) -> Progress:
+    return Progress(**{**saved, "rewards": tuple(saved["rewards"])})
+
+
+def _differences(saved: Any, now: Any, path: str) -> list[tuple[str, Any, Any]]:
+    if isinstance(saved, Mapping) and isinstance(now, Mapping):
+        names = sorted({*saved, *now})
+        return [found for name in names for found in _differences(saved.get(name), now.get(name), f"{path}.{name}")]
+    return [] if saved == now else [(path, saved, now)]
+
+
+def _digest(body: Any) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _write_sealed(path: Path, body: Any) -> None:
+    path.write_text(json.dumps({"body": body, "sha256": _digest(body)}, indent=1))
+
+
+def _replace_sealed(path: Path, body: Any) -> None:
+    written = path.with_name(path.name + ".writing")
+    _write_sealed(written, body)
+    _sync(written)
+    os.replace(written, path)
+    _sync(path.parent)
+
+
+def _read_sealed(path: Path) -> Any:
+    try:
+        sealed = json.loads(path.read_bytes())
+        if sealed["sha256"] == _digest(sealed["body"]):
+            return sealed["body"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: not there") from None
+    except (ValueError, KeyError, TypeError):  # not JSON, or not the JSON that we write
+        pass
+    raise CheckpointError(f"{path}: cut short or altered")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

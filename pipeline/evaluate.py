@@ -1,0 +1,30 @@
+"""Held-out prompts of one adapter, sampled as its training rollouts are (temperature too), one rollout each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from weft.pipeline.batch import RolloutFigures, figures
+from weft.transport.messages import Group
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """reward in `figures`: the mean, which is the success rate where rewards are 0 and 1."""
+
+    prompts: int
+    figures: RolloutFigures
+
+
+async def evaluate(prompts: int, rollout: Callable[[int], Coroutine[Any, Any, Group | None]]) -> Evaluation | None:
+    """Roll out the held-out prompts 0 .. prompts - 1, all at once: the samplers' fair share decides how many run.
+
+    Waits for the slowest of them. None when `rollout` gave one up (the adapter is at fault, and knows it).
+    """
+    async with asyncio.TaskGroup() as tasks:
+        results = [tasks.create_task(rollout(index)) for index in range(prompts)]
+    groups = [group for task in results if (group := task.result()) is not None]
+    return Evaluation(prompts, figures(groups)) if len(groups) == prompts else None

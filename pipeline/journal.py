@@ -1,0 +1,127 @@
+"""What has happened: passes events to the observers, and keeps the few things that statistics are asked for."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+
+from weft.pipeline.adapter import Adapter
+from weft.pipeline.batch import RolloutFigures, sampled_tokens
+from weft.pipeline.evaluate import Evaluation
+from weft.pipeline.events import (
+    AdapterFailed,
+    Evaluated,
+    Event,
+    GroupSampled,
+    Interval,
+    LaunchEnded,
+    Observer,
+    Phase,
+    PhaseChanged,
+    StepTaken,
+    Warned,
+)
+from weft.pipeline.schedule import Stepped
+from weft.pipeline.staleness import oldest_version
+from weft.transport.messages import Group
+
+MAX_INTERVALS = 50_000  # the oldest go first: a timeline of a long run shows its end
+MAX_WARNINGS = 1_000
+
+
+class Journal:
+    """One run's. `now` is seconds since it began."""
+
+    def __init__(self, observers: Sequence[Observer], clock: Callable[[], float]) -> None:
+        self._observers = tuple(observers)
+        self._clock = clock
+        self._began = clock()
+        self._since: dict[str, tuple[Phase, float]] = {}  # adapters that have not ended
+        self._intervals: deque[Interval] = deque(maxlen=MAX_INTERVALS)
+        self._warnings: deque[str] = deque(maxlen=MAX_WARNINGS)
+
+    def now(self) -> float:
+        """Seconds since the run began."""
+        return self._clock() - self._began
+
+    def tell(self, event: Event) -> None:
+        """Pass `event` to every observer."""
+        for observer in self._observers:
+            observer(event)
+
+    def enter(self, adapter: Adapter, phase: Phase) -> None:
+        """Move the adapter on to `phase`, and say so."""
+        adapter.enter(phase)
+        self.note_phase(adapter)
+
+    def note_phase(self, adapter: Adapter) -> None:
+        """Say which phase the adapter is in."""
+        now = self.now()
+        before = self._since.pop(adapter.name, None)
+        if before is not None:
+            self._intervals.append(Interval(adapter.name, before[0], before[1], now))
+        if not adapter.phase.ended:
+            self._since[adapter.name] = (adapter.phase, now)
+        self.tell(PhaseChanged(now, adapter.name, adapter.phase))
+
+    def warn(self, adapter: str, message: str) -> None:
+        """Say what the user should know."""
+        self._warnings.append(f"{adapter}: {message}" if adapter else message)
+        self.tell(Warned(self.now(), adapter, message))
+
+    def launch_ended(self, seconds: float, tokens: Mapping[str, int]) -> None:
+        """Say that a trainer launch ended."""
+        self.tell(LaunchEnded(self.now(), seconds, tokens))
+
+    def group_sampled(self, adapter: Adapter, group: Group, began: float, held_out: bool) -> None:
+        """Say that a group left its sampler."""
+        tokens = sum(sampled_tokens(sample) for sample in group.samples)
+        version, rollouts = oldest_version(group), len(group.samples)
+        self.tell(GroupSampled(self.now(), adapter.name, version, began, group.sampler, rollouts, tokens, held_out))
+
+    def evaluated(self, adapter: Adapter, result: Evaluation, final: bool) -> None:
+        """Say how an evaluation went."""
+        own = result.figures
+        self.tell(Evaluated(self.now(), adapter.name, adapter.version, final, own.reward, result.prompts, own.environment))
+
+    def failed(self, adapter: Adapter, reason: str) -> None:
+        """Say that the adapter's own fault ended it."""
+        self.tell(AdapterFailed(self.now(), adapter.name, reason, adapter.traceback))
+
+    def step_taken(
+        self, adapter: Adapter, rollouts: RolloutFigures, ages: Sequence[int], waited: float, step: Stepped, sync_seconds: float
+    ) -> None:
+        """Say that a step of `adapter` is taken and installed. waited: seconds for its groups."""
+        self.tell(
+            StepTaken(
+                time=self.now(),
+                adapter=adapter.name,
+                lineage=adapter.ref.lineage,
+                version=adapter.version,
+                num_steps=adapter.config.num_steps,
+                reward=rollouts.reward,
+                reward_std=rollouts.reward_std,
+                staleness=tuple(ages),
+                max_staleness=adapter.config.max_staleness,
+                rollouts=rollouts.rollouts,
+                turns=rollouts.turns,
+                truncated=rollouts.truncated,
+                tokens_sampled=rollouts.tokens_sampled,
+                tokens_trained=step.result.tokens,
+                rollout_seconds=waited,
+                queue_seconds=step.queue_seconds,
+                train_seconds=step.train_seconds,
+                sync_seconds=sync_seconds,
+                metrics=dict(step.result.metrics),
+                environment=rollouts.environment,
+            )
+        )
+
+    def intervals(self) -> tuple[Interval, ...]:
+        """Every phase of every adapter, in the order in which they ended; those that go on end now."""
+        now = self.now()
+        return (*self._intervals, *(Interval(name, phase, start, now) for name, (phase, start) in self._since.items()))
+
+    def warnings(self) -> tuple[str, ...]:
+        """All that was warned of."""
+        return tuple(self._warnings)

@@ -1,0 +1,283 @@
+"""The one page: how many adapters learn at once on three pools. One `_live` task an adapter; they share the pools, no locks.
+
+    prompts ──> [gate] ──> samplers ──> FIFO of groups ──> trainers ──> param sync ──.
+                  ^        (FairShare)                   (StepScheduler)              |
+                  '──────────── release(groups_per_step) after install ───────────────'
+
+    loop            waits for                                      who unblocks it
+    _live           its trainer, after that died                   the pool, which restarts it
+    _train          the oldest groups                              _rollout; or whoever interrupts: leave, a death, a fault
+                    its place in a trainer launch, and the launch  StepScheduler, when the launch before it ends
+                    every sampler to install the version           the parameter sync
+    _sample         a place of the gate                            _train, after the install
+    _rollout        places on the samplers, in fair shares         any _rollout that ends
+                    the samplers to be whole again after a death   the pool, which restarts them
+
+A fault of one adapter (its reward raises, its loss is not finite) and the death of a trainer interrupt `_train` only where it
+waits for groups: a trainer launch or a sync that has begun is never cancelled under the other adapters that share it. Whatever
+is neither AdapterFault, InstallError (its weights do not sample as they should) nor PeerDiedError is a fault of ours and ends
+the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from weft.configs.schema import AdapterConfig, Config, RunConfig, TrainerConfig
+from weft.pipeline.adapter import Adapter
+from weft.pipeline.batch import RolloutFigures, figures, make_batch
+from weft.pipeline.checkpoint import check_resume
+from weft.pipeline.evaluate import evaluate
+from weft.pipeline.events import Interval, Observer, Phase, PipelineStatistics
+from weft.pipeline.interfaces import Pools
+from weft.pipeline.journal import Journal
+from weft.pipeline.prompts import PromptSource
+from weft.pipeline.recovery import Recovery
+from weft.pipeline.schedule import FairShare, StepScheduler
+from weft.pipeline.staleness import StalenessGate, staleness
+from weft.transport.errors import AdapterFault, InstallError, PeerDiedError
+from weft.transport.messages import Group, TrainBatch
+
+MAX_DEATHS = 5  # of one group's samplers, or of a trainer between two steps of one adapter: then it is no accident
+Groups = asyncio.Queue[asyncio.Task[Group | None]]
+
+
+async def run(config: Config, pools: Pools, observers: Sequence[Observer] = ()) -> PipelineStatistics:
+    """Train every adapter of `config` to its end, resuming what `config.run.dir` holds; then say how it went."""
+    pipeline = Pipeline(config.run, config.cluster.trainer, pools, observers)
+    return await pipeline.run(config.adapters)
+
+
+class Pipeline:
+    """Adapters join and leave while it runs. It is made, run and asked within one event loop, whose clock it keeps."""
+
+    def __init__(self, settings: RunConfig, trainer: TrainerConfig, pools: Pools, observers: Sequence[Observer] = ()) -> None:
+        clock = asyncio.get_running_loop().time
+        self._settings = settings
+        self._pools = pools
+        self._adapters: dict[str, Adapter] = {}
+        self._tasks = asyncio.TaskGroup()
+        self._journal = Journal(observers, clock)
+        self._recovery = Recovery(settings, pools.trainers, self._journal)
+        self._share = FairShare(lambda: pools.samplers.capacity, clock)
+        self._steps = StepScheduler(pools.trainers, trainer.token_budget, self._tasks, clock, self._journal.launch_ended)
+
+    async def run(self, configs: Iterable[AdapterConfig]) -> PipelineStatistics:
+        """Train `configs` and all that join meanwhile; returns when every adapter has ended.
+
+        Raises ValueError as `join` does, before any pool is asked, and an ExceptionGroup for a fault that is no adapter's own.
+        """
+        configs = tuple(configs)
+        for config in configs:
+            check_resume(self._settings.dir, config)
+        async with self._tasks:
+            for config in configs:
+                self.join(config)
+        return self.statistics()
+
+    def join(self, config: AdapterConfig) -> None:
+        """Begin an adapter, or go on with it. ValueError: it is training now, or was here under another configuration."""
+        before = self._adapters.get(config.name)
+        if before is not None and not before.gone.is_set():
+            raise ValueError(f"name={config.name!r}: must not be that of an adapter that is training")
+        check_resume(self._settings.dir, config)
+        adapter = self._adapters[config.name] = Adapter(config, self._journal.now())
+        finished = self._recovery.finished(config)
+        if finished is None:
+            self._journal.note_phase(adapter)
+            self._tasks.create_task(self._live(adapter))
+        else:
+            adapter.progress = finished
+            self._end(adapter, Phase.FINISHED)
+            adapter.gone.set()
+
+    async def leave(self, name: str) -> None:
+        """End an adapter after what is under way: checkpointed, exported, dropped. Returns when it is gone."""
+        adapter = self._adapters[name]
+        adapter.interrupt(None)
+        await adapter.gone.wait()
+
+    def statistics(self) -> PipelineStatistics:
+        """Everything now."""
+        adapters = {name: adapter.statistics(self._share.in_flight(name)) for name, adapter in self._adapters.items()}
+        samplers, trainers = self._share.statistics(), self._steps.statistics()
+        return PipelineStatistics(self._journal.now(), adapters, samplers, trainers, self._journal.warnings())
+
+    def intervals(self) -> tuple[Interval, ...]:
+        """Which adapter was in which phase, and when."""
+        return self._journal.intervals()
+
+    # ---- one adapter ----
+
+    async def _live(self, adapter: Adapter) -> None:
+        """From joining to the end, through any number of lineages. Here its own faults end, and nobody else's."""
+        try:
+            while not adapter.phase.ended:
+                try:
+                    await self._run_lineage(adapter)
+                except* PeerDiedError as died:
+                    await self._roll_back(adapter, died)
+        except* (AdapterFault, InstallError) as fault:
+            self._fail(adapter, fault)
+        await self._drop(adapter)
+
+    async def _run_lineage(self, adapter: Adapter) -> None:
+        config = adapter.config
+        num_prompts = await self._pools.samplers.add(config, adapter.ref.lineage)
+        await self._recovery.begin_lineage(adapter)
+        await self._publish(adapter)
+        if adapter.version == 0 and adapter.progress.eval_base is None:
+            await self._evaluate(adapter, final=False)
+        await self._train(adapter, PromptSource(num_prompts, config.sampling.seed, adapter.progress.prompts))
+        if adapter.checkpointed != adapter.version:
+            await self._recovery.checkpoint(adapter)
+        done = adapter.version == config.num_steps
+        if done and adapter.progress.eval_final is None:
+            await self._evaluate(adapter, final=True)
+        await self._recovery.export(adapter)
+        self._end(adapter, Phase.FINISHED if done else Phase.LEFT)
+
+    async def _train(self, adapter: Adapter, prompts: PromptSource) -> None:
+        config = adapter.config
+        gate = adapter.gate = StalenessGate(config.groups_per_step, config.max_staleness)
+        groups: Groups = asyncio.Queue(gate.places)
+        async with asyncio.TaskGroup() as tasks:
+            sampling = tasks.create_task(self._sample(adapter, prompts, gate, groups))
+            while adapter.version < config.num_steps:
+                asked = self._enter(adapter, Phase.SAMPLING)
+                ready = await next_batch(adapter, groups)
+                if ready is None:  # it is to leave
+                    break
+                waited = self._enter(adapter, Phase.QUEUED) - asked
+                step = await self._steps.submit(ready.batch, lambda: self._journal.enter(adapter, Phase.TRAINING))
+                if step.result.fault:
+                    raise AdapterFault(f"{adapter.ref}: {step.result.fault}", "FloatingPointError")
+                adapter.take_step(ready.figures.reward, ready.figures.tokens_sampled, step.result.tokens, ready.ages)
+                sync_seconds = await self._publish(adapter)
+                gate.release(config.groups_per_step)
+                self._journal.step_taken(adapter, ready.figures, ready.ages, waited, step, sync_seconds)
+                if adapter.version % self._settings.checkpoint_every == 0:
+                    await self._recovery.checkpoint(adapter)
+            sampling.cancel()
+
+    async def _sample(self, adapter: Adapter, prompts: PromptSource, gate: StalenessGate, groups: Groups) -> None:
+        """One task a group, as places allow; ends with the last group that the last step needs."""
+        async with asyncio.TaskGroup() as rollouts:
+            while prompts.position < adapter.config.num_steps * adapter.config.groups_per_step:
+                await gate.admit()
+                groups.put_nowait(rollouts.create_task(self._rollout(adapter, prompts.next())))
+
+    async def _rollout(self, adapter: Adapter, prompt_index: int, held_out: bool = False) -> Group | None:
+        """One group under the version installed when its turn comes, again if its sampler dies. None: `fault` says why."""
+        samplers, size, ticket = self._pools.samplers, 1 if held_out else adapter.config.group_size, self._share.ticket()
+        for _ in range(MAX_DEATHS):
+            async with self._share.places(adapter.name, size, ticket):
+                began = self._journal.now()
+                assert adapter.installed is not None
+                try:
+                    group = await samplers.rollout(adapter.installed, prompt_index, size, held_out)
+                except PeerDiedError as error:
+                    died = error
+                except AdapterFault as fault:
+                    adapter.interrupt(fault)
+                    return None
+                else:
+                    self._journal.group_sampled(adapter, group, began, held_out)
+                    return group
+            await samplers.wait_ready()
+        adapter.interrupt(AdapterFault(f"{adapter.name}: {MAX_DEATHS} samplers died of prompt {prompt_index}: {died}"))
+        return None
+
+    async def _publish(self, adapter: Adapter) -> float:
+        """Returns when every sampler has the adapter's version, with the seconds that took; new rollouts start with it."""
+        began = self._enter(adapter, Phase.SYNCING)
+        await self._pools.sync.publish(adapter.ref, adapter.installed)
+        adapter.installed = adapter.ref
+        return self._journal.now() - began
+
+    async def _evaluate(self, adapter: Adapter, final: bool) -> None:
+        if not adapter.config.eval_prompts:
+            return
+        self._enter(adapter, Phase.EVALUATING)
+        result = await evaluate(adapter.config.eval_prompts, lambda index: self._rollout(adapter, index, held_out=True))
+        adapter.raise_fault()
+        assert result is not None, "a rollout that is given up says why"
+        if final:
+            adapter.progress = replace(adapter.progress, eval_final=result.figures.reward)
+        else:
+            adapter.progress = replace(adapter.progress, eval_base=result.figures.reward)
+        self._journal.evaluated(adapter, result, final)
+
+    # ---- how it ends ----
+
+    async def _roll_back(self, adapter: Adapter, died: BaseExceptionGroup[PeerDiedError]) -> None:
+        """Wait for a trainer to begin a new lineage on. Who learns of the death first tells all: they lost their state too."""
+        reason = next(leaves(died))
+        if not isinstance(adapter.fault, PeerDiedError):
+            self._journal.warn("", f"a trainer died, its adapters go back to their last checkpoints: {reason}")
+            for other in self._adapters.values():
+                if other is not adapter:
+                    other.interrupt(PeerDiedError(str(reason)))
+        adapter.deaths += 1
+        if adapter.deaths > MAX_DEATHS:
+            raise reason
+        adapter.progress = replace(adapter.progress, rollbacks=adapter.progress.rollbacks + 1)
+        self._enter(adapter, Phase.ROLLING_BACK)
+        await self._pools.trainers.wait_ready()
+        self._enter(adapter, Phase.JOINING)
+
+    def _fail(self, adapter: Adapter, fault: BaseExceptionGroup[AdapterFault | InstallError]) -> None:
+        reason = next(leaves(fault))
+        adapter.traceback = "".join(traceback.format_exception(reason))
+        self._end(adapter, Phase.FAILED)
+        self._journal.failed(adapter, str(reason.args[0] if reason.args else reason).split("\n")[0])
+
+    async def _drop(self, adapter: Adapter) -> None:
+        await self._pools.samplers.drop(adapter.name)
+        with contextlib.suppress(PeerDiedError):  # which drops it too
+            await self._pools.trainers.drop(adapter.name)
+        adapter.gone.set()
+
+    def _end(self, adapter: Adapter, phase: Phase) -> None:
+        adapter.ended = self._enter(adapter, phase)
+
+    def _enter(self, adapter: Adapter, phase: Phase) -> float:
+        self._journal.enter(adapter, phase)
+        return self._journal.now()
+
+
+@dataclass(frozen=True)
+class Ready:
+    """All that one step needs. ages: the staleness of each group, none beyond the bound."""
+
+    batch: TrainBatch
+    figures: RolloutFigures
+    ages: tuple[int, ...]
+
+
+async def next_batch(adapter: Adapter, groups: Groups) -> Ready | None:
+    """The oldest groups of a step, in order; waits for each. None: it is to leave. Raises its fault, or StalenessError."""
+    oldest: list[Group] = []
+    while len(oldest) < adapter.config.groups_per_step and not adapter.interrupted.done():
+        head = await groups.get()
+        await asyncio.wait((head, adapter.interrupted), return_when=asyncio.FIRST_COMPLETED)
+        if not adapter.interrupted.done() and (group := head.result()) is not None:
+            oldest.append(group)
+    adapter.raise_fault()
+    if adapter.interrupted.done():
+        return None
+    ages = tuple(staleness(group, adapter.version, adapter.config.max_staleness) for group in oldest)
+    return Ready(make_batch(adapter.config, adapter.ref, oldest), figures(oldest), ages)
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """The exceptions in a group, however deep."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from leaves(inner)
+    else:
+        yield error

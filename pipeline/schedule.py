@@ -1,0 +1,235 @@
+"""Who goes next: a fair share of the samplers, and one trainer launch for all adapters that are ready.
+
+FairShare       an adapter's group waits here for places on the samplers; whoever ends a group frees them.
+StepScheduler   an adapter's batch waits here for the launch that is running; its end starts the next with all that gathered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import itertools
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from weft.pipeline.events import PoolStatistics
+from weft.pipeline.interfaces import Trainers
+from weft.transport.errors import PeerDiedError
+from weft.transport.messages import StepResult, TrainBatch
+
+Clock = Callable[[], float]
+
+
+class LoadMeter:
+    """Integrates over time how much of a pool is in use."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._began = self._since = clock()
+        self._load_seconds = 0.0  # integral of min(1, in_flight / capacity)
+        self._busy_seconds = 0.0  # time with anything in flight
+        self.in_flight = 0
+
+    def change(self, by: int, capacity: int) -> None:
+        """`by` more are in flight from now on."""
+        self._advance(capacity)
+        self.in_flight += by
+
+    def statistics(self, capacity: int, waiting: int) -> PoolStatistics:
+        """The pool since it began."""
+        self._advance(capacity)
+        elapsed = max(self._since - self._began, 1e-9)
+        load, busy = self._load_seconds / elapsed, self._busy_seconds / elapsed
+        return PoolStatistics(capacity, self.in_flight, waiting, load, busy, self._busy_seconds)
+
+    def _advance(self, capacity: int) -> None:
+        now = self._clock()
+        passed, self._since = now - self._since, now
+        self._load_seconds += passed * min(1.0, self.in_flight / capacity)
+        self._busy_seconds += passed if self.in_flight else 0.0
+
+
+@dataclass(frozen=True)
+class _Waiter:
+    rollouts: int
+    ticket: int
+    granted: asyncio.Future[None]
+
+
+class FairShare:
+    """Places for rollouts on the samplers, shared by max-min fairness.
+
+    While a place is free, the waiting adapter with the fewest rollouts in flight goes next; of several, the one whose next
+    group was wanted first; within an adapter, first in, first out. Work conserving: no place is free while a group waits.
+    For that a group starts as soon as one place is free, so rollouts in flight may exceed the capacity by less than one group:
+    the engine queues these itself, and a large group is never starved by small ones.
+    """
+
+    def __init__(self, capacity: Callable[[], int], clock: Clock) -> None:
+        self._capacity = capacity
+        self._meter = LoadMeter(clock)
+        self._waiting: dict[str, list[_Waiter]] = {}  # of each adapter, by ticket
+        self._in_flight: Counter[str] = Counter()
+        self._tickets = itertools.count()
+
+    def ticket(self) -> int:
+        """A group's number in the order of first wishes. It keeps it when it is done again, and so its turn."""
+        return next(self._tickets)
+
+    @asynccontextmanager
+    async def places(self, name: str, rollouts: int, ticket: int) -> AsyncIterator[None]:
+        """Hold places for one group of adapter `name`; waits for them."""
+        await self._take(name, rollouts, ticket)
+        try:
+            yield
+        finally:
+            self._give_back(name, rollouts)
+
+    def in_flight(self, name: str) -> int:
+        """Rollouts of this adapter on the samplers now."""
+        return self._in_flight[name]
+
+    def statistics(self) -> PoolStatistics:
+        """The samplers, in rollouts; `waiting` in groups."""
+        return self._meter.statistics(self._capacity(), sum(map(len, self._waiting.values())))
+
+    async def _take(self, name: str, rollouts: int, ticket: int) -> None:
+        waiter = _Waiter(rollouts, ticket, asyncio.get_running_loop().create_future())
+        bisect.insort(self._waiting.setdefault(name, []), waiter, key=lambda waiter: waiter.ticket)
+        self._grant()
+        try:
+            await waiter.granted
+        except asyncio.CancelledError:
+            if waiter.granted.done() and not waiter.granted.cancelled():  # granted and cancelled in the same moment
+                self._give_back(name, rollouts)
+            else:
+                self._remove(name, waiter)
+            raise
+
+    def _grant(self) -> None:
+        while self._waiting and self._meter.in_flight < self._capacity():
+            name = min(self._waiting, key=lambda name: (self._in_flight[name], self._waiting[name][0].ticket))
+            waiter = self._waiting[name][0]
+            self._remove(name, waiter)
+            self._in_flight[name] += waiter.rollouts
+            self._meter.change(waiter.rollouts, self._capacity())
+            waiter.granted.set_result(None)
+
+    def _give_back(self, name: str, rollouts: int) -> None:
+        self._meter.change(-rollouts, self._capacity())
+        self._in_flight[name] -= rollouts
+        if not self._in_flight[name]:
+            del self._in_flight[name]
+        self._grant()
+
+    def _remove(self, name: str, waiter: _Waiter) -> None:
+        self._waiting[name].remove(waiter)
+        if not self._waiting[name]:
+            del self._waiting[name]
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """One adapter's part of a launch. queue_seconds: until the launch began; train_seconds: the launch, shared with others."""
+
+    result: StepResult
+    queue_seconds: float
+    train_seconds: float
+
+
+@dataclass(eq=False)
+class _Submission:
+    batch: TrainBatch
+    on_launch: Callable[[], None]
+    submitted: float
+    stepped: asyncio.Future[Stepped] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class StepScheduler:
+    """One trainer launch at a time, shared by the adapters that are ready.
+
+    A launch takes the batch that has waited longest, whatever its size, then in order of age every one that still fits into the
+    token budget. Each launch takes the oldest, so none starves: a batch waits for at most as many launches as were ahead of it.
+    A death of the trainer fails the launch and all that wait: their adapters are gone with it.
+    """
+
+    def __init__(
+        self,
+        trainers: Trainers,
+        token_budget: int,
+        tasks: asyncio.TaskGroup,
+        clock: Clock,
+        on_end: Callable[[float, Mapping[str, int]], None] = lambda seconds, tokens: None,
+    ) -> None:
+        self._trainers = trainers
+        self._token_budget = token_budget
+        self._tasks = tasks
+        self._clock = clock
+        self._on_end = on_end
+        self._meter = LoadMeter(clock)
+        self._pending: list[_Submission] = []
+        self._launching = False
+
+    async def submit(self, batch: TrainBatch, on_launch: Callable[[], None] = lambda: None) -> Stepped:
+        """One optimizer step of one adapter; waits for its launch. Raises what the trainer raises.
+
+        `on_launch` is called when its launch begins. To cancel a batch that is launched does not stop the launch.
+        """
+        submission = _Submission(batch, on_launch, self._clock())
+        self._pending.append(submission)
+        if not self._launching:
+            self._launching = True
+            self._tasks.create_task(self._launch())
+        try:
+            return await submission.stepped
+        finally:
+            if submission in self._pending:
+                self._pending.remove(submission)
+
+    def statistics(self) -> PoolStatistics:
+        """The trainer, in launches."""
+        return self._meter.statistics(1, len(self._pending))
+
+    async def _launch(self) -> None:
+        """Launch until nobody waits. Begins a turn of the loop after the first submission, so all that come at once share."""
+        try:
+            while self._pending:
+                chosen = self._choose()
+                for submission in chosen:
+                    self._pending.remove(submission)
+                    submission.on_launch()
+                await self._step(chosen)
+        finally:
+            self._launching = False
+
+    def _choose(self) -> list[_Submission]:
+        chosen, tokens = self._pending[:1], len(self._pending[0].batch.tokens)
+        for submission in self._pending[1:]:
+            if tokens + len(submission.batch.tokens) <= self._token_budget:
+                chosen.append(submission)
+                tokens += len(submission.batch.tokens)
+        return chosen
+
+    async def _step(self, chosen: list[_Submission]) -> None:
+        began = self._clock()
+        self._meter.change(1, 1)
+        try:
+            results = await self._trainers.step([submission.batch for submission in chosen])
+        except Exception as error:  # noqa: BLE001 nothing is swallowed: it is raised again in every adapter that waits for this launch
+            lost = [*chosen, *self._pending] if isinstance(error, PeerDiedError) else chosen
+            for submission in lost:
+                if not submission.stepped.done():
+                    submission.stepped.set_exception(error)
+            self._pending = [submission for submission in self._pending if submission not in lost]
+            return
+        finally:
+            self._meter.change(-1, 1)
+        seconds = self._clock() - began
+        by_name = {result.ref.name: result for result in results.results}
+        for submission in chosen:
+            if not submission.stepped.done():  # else: cancelled on the way
+                result = by_name[submission.batch.ref.name]
+                submission.stepped.set_result(Stepped(result, began - submission.submitted, seconds))
+        self._on_end(seconds, {submission.batch.ref.name: len(submission.batch.tokens) for submission in chosen})
