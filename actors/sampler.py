@@ -1,0 +1,314 @@
+"""A sampler: one vLLM engine that holds many adapter versions at once and plays rollouts of any of them.
+
+    AddAdapter ──> environment                         Rollout ──lease──> episodes ──> Group
+    Receive ──> side thread of the worker ──> Install ──canary──> leases ──Retire, last lease──> removed from the engine
+
+Nothing here pauses the engine or touches its prefix cache: a new version is a new name, id and path, so blocks of an older
+one can never be taken for its own (DESIGN laws 2, 4, 5).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from weft.actors.canary import canary_tokens
+from weft.actors.environment import Environment, Prompt
+from weft.actors.environments.load import load_environment
+from weft.actors.episode import Bounds, Chat, Turn, blamed_on, run_episode, seed_of
+from weft.actors.leases import Lease, Leases, Version
+from weft.actors.sampler_engine import CallError, Engine, EngineLostError, engine_arguments
+from weft.configs.build import build
+from weft.configs.schema import AdapterConfig, SamplerConfig
+from weft.transport.errors import AdapterFault, InstallError
+from weft.transport.messages import (
+    AdapterAdded,
+    AdapterRef,
+    AddAdapter,
+    Done,
+    DropAdapter,
+    GetStatistics,
+    Group,
+    Install,
+    Receive,
+    Retire,
+    Rollout,
+    Sample,
+    SamplerStatistics,
+    SlabHandle,
+)
+
+CANARY_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # nats a scored token between trainer and engine
+_POLL_S = 0.002  # between two looks at a slab that is on its way
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """What AddAdapter made. settings: the mapping it came from, by which a repetition is known."""
+
+    config: AdapterConfig
+    environment: Environment
+    settings: Mapping[str, Any]
+
+
+class Sampler:
+    """Answers the sampler's messages. `fatal` ends with an exception when the engine has died, and the process must follow.
+
+    max_lora_rank: of any adapter to come; max_live_versions: places for versions in the engine, over all adapters.
+    """
+
+    def __init__(
+        self,
+        model_folder: str,
+        model_dtype: str,
+        config: SamplerConfig,
+        index: int,
+        device: str,
+        max_lora_rank: int,
+        max_live_versions: int,
+    ) -> None:
+        self._engine = Engine(engine_arguments(model_folder, model_dtype, config, device, max_lora_rank, max_live_versions))
+        self._config = config
+        self._index = index
+        self._tolerance = CANARY_TOLERANCE[model_dtype]
+        self._leases = Leases(max_live_versions)
+        self._adapters: dict[str, _Adapter] = {}
+        self._announced: dict[AdapterRef, Receive] = {}
+        self._installing: dict[AdapterRef, asyncio.Event] = {}
+        self._in_flight = self._installs = 0
+        self._busy = _BusyClock()
+        self.fatal: asyncio.Future[None]
+
+    async def start(self) -> None:
+        """Load the model; returns when the engine answers."""
+        self.fatal = asyncio.get_running_loop().create_future()
+        await self._engine.start()
+        self._chat = Chat(self._engine.tokenizer)
+
+    async def aclose(self) -> None:
+        """End the engine and its process."""
+        self._engine.close()
+
+    async def handle(self, message: object) -> object:
+        """The reply to one message. Many run at once; cancelling one ends what it does."""
+        try:
+            match message:
+                case Rollout():
+                    return await self._rollout(message)
+                case Receive():
+                    return await self._receive(message)
+                case Install():
+                    return await self._install(message.ref)
+                case Retire():
+                    self._leases.retire(message.ref)
+                    await self._remove_retired()
+                    return Done()
+                case AddAdapter():
+                    return self._add(message)
+                case DropAdapter():
+                    return await self._drop(message.name)
+                case GetStatistics():
+                    return self._statistics()
+        except EngineLostError as error:
+            if not self.fatal.done():
+                self.fatal.set_exception(error)
+            raise
+        raise ValueError(f"{type(message).__name__} is no message for a sampler")
+
+    # ---- adapters ----
+
+    def _add(self, message: AddAdapter) -> AdapterAdded:
+        config = build(AdapterConfig, message.config)
+        held = self._adapters.get(config.name)
+        if held is None or held.settings != message.config:
+            with blamed_on(config.name, f"making its environment {config.environment.target}"):
+                environment = load_environment(config.environment.target, config.environment.settings)
+            held = self._adapters[config.name] = _Adapter(config, environment, message.config)
+        with blamed_on(config.name, "its environment's num_prompts"):
+            return AdapterAdded(num_prompts=held.environment.num_prompts)
+
+    async def _drop(self, name: str) -> Done:
+        self._adapters.pop(name, None)
+        for ref in [ref for ref in self._announced if ref.name == name]:
+            del self._announced[ref]
+        await self._engine.call("slab_discard", f"{name}/")
+        self._leases.retire_all(name)
+        await self._remove_retired()
+        return Done()
+
+    # ---- versions ----
+
+    async def _receive(self, message: Receive) -> Done:
+        handle = message.handle
+        slab = {key: getattr(handle, key) for key in ("nbytes", "dtype", "rank", "scale")} | {"modules": list(handle.modules)}
+        keys = ("store", "epoch", "rank", "world_size", "backend", "deadline_s")
+        group = None if handle.data is not None else {key: getattr(message, key) for key in keys}
+        data = None if handle.data is None else handle.data.tobytes()
+        try:
+            await self._engine.call("slab_receive", str(handle.ref), slab, group, data)
+        except CallError as error:
+            raise InstallError(f"sampler {self._index} cannot take {handle.ref}: {error}") from error
+        self._announced[handle.ref] = message
+        return Done()
+
+    async def _install(self, ref: AdapterRef) -> Done:
+        while ref in self._installing:  # a relay that serves a late joiner may say it twice at once
+            await self._installing[ref].wait()
+        if self._leases.restore(ref):
+            return Done()
+        message = self._announced.get(ref)
+        if message is None:
+            raise InstallError(f"sampler {self._index}: no slab of {ref} was announced")
+        await self._remove_retired()
+        version = self._leases.reserve(ref)
+        self._installing[ref] = asyncio.Event()
+        try:
+            await self._apply(version, message.deadline_s)
+            await self._check_canary(version, message.handle)
+        except BaseException:
+            await self._engine.call("slab_remove", version.lora_id)
+            self._leases.forget(version)
+            raise
+        else:
+            self._leases.publish(version)
+            self._installs += 1
+        finally:
+            self._announced.pop(ref, None)
+            self._installing.pop(ref).set()
+        return Done()
+
+    async def _apply(self, version: Version, deadline_s: float) -> None:
+        """Into the engine, as soon as the slab is there."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                # The worker must not wait, and has no way to call back: so it is asked again.
+                while await self._engine.call("slab_install", str(version.ref), version.lora_id) == "pending":  # noqa: ASYNC110
+                    await asyncio.sleep(_POLL_S)
+        except TimeoutError as error:
+            raise InstallError(f"sampler {self._index}: the slab of {version.ref} did not come in {deadline_s} s") from error
+        except CallError as error:
+            raise InstallError(f"sampler {self._index} could not install {version.ref}: {error}") from error
+
+    async def _check_canary(self, version: Version, handle: SlabHandle) -> None:
+        """Refuse a version under which the engine does not give the canary tokens the trainer's log-probability."""
+        tokens = canary_tokens(self._engine.vocab_size)
+        found = await self._engine.score(tokens, version)
+        allowed = self._tolerance * (len(tokens) - 1)
+        if abs(found - handle.canary_logprob) <= allowed:
+            return
+        why = "it is not the adapter that the trainer published"
+        if abs(found - handle.base_logprob) <= allowed:
+            why = "the engine samples as the base model, without the adapter"
+        raise InstallError(
+            f"sampler {self._index}: canary of {version.ref} has log-probability {found:.5f}, the trainer's is "
+            f"{handle.canary_logprob:.5f}, the base's {handle.base_logprob:.5f} (tolerance {allowed:.5f}): {why}"
+        )
+
+    async def _remove_retired(self) -> None:
+        """Free the places of retired versions whose last lease has ended."""
+        for version in self._leases.take_removable():
+            await self._engine.call("slab_remove", version.lora_id)
+            self._leases.forget(version)
+
+    # ---- rollouts ----
+
+    async def _rollout(self, message: Rollout) -> Group:
+        adapter = self._adapters.get(message.ref.name)
+        if adapter is None:
+            raise InstallError(f"sampler {self._index} has no adapter {message.ref.name!r}")
+        started = time.monotonic()
+        with blamed_on(adapter.config.name, "its environment's prompt"):
+            prompt = adapter.environment.prompt(message.prompt_index, message.held_out)
+            tokens = self._chat.prompt(prompt)
+        self._check_length(adapter.config.name, message.prompt_index, tokens)
+        leases = [self._leases.acquire(message.ref) for _ in range(message.group_size)]
+        self._count(message.group_size)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                episodes = [
+                    tasks.create_task(self._episode(adapter, message, prompt, tokens, lease, sample))
+                    for sample, lease in enumerate(leases)
+                ]
+        except BaseExceptionGroup as group:
+            raise _root(group) from None
+        finally:
+            self._count(-message.group_size)
+            for lease in leases:
+                self._leases.release(lease)
+            await self._remove_retired()
+        samples = tuple(episode.result() for episode in episodes)
+        oldest = min(int(sample.versions[sample.versions >= 0].min()) for sample in samples)
+        ref = AdapterRef(message.ref.name, message.ref.lineage, oldest)
+        return Group(ref, message.prompt_index, samples, time.monotonic() - started, self._index)
+
+    async def _episode(
+        self, adapter: _Adapter, message: Rollout, prompt: Prompt, tokens: Sequence[int], lease: Lease, sample: int
+    ) -> Sample:
+        config = adapter.config
+        moves = config.rollout_version == "between_turns"
+
+        async def generate(tokens: Sequence[int], ref: AdapterRef, max_tokens: int, seed: int) -> Turn:
+            assert lease.version.ref == ref, "a turn samples under the version it leases"
+            return await self._engine.generate(tokens, lease.version, config.sampling, max_tokens, seed)
+
+        return await run_episode(
+            config.name,
+            adapter.environment,
+            prompt,
+            tokens,
+            self._chat,
+            generate,
+            Bounds(config.environment.max_turns, config.sampling.max_tokens, self._config.max_model_len),
+            version=lambda: self._leases.renew(lease) if moves else lease.version.ref,
+            seed=lambda turn: seed_of(config.sampling.seed, config.name, message.prompt_index, sample, message.held_out, turn),
+        )
+
+    def _check_length(self, name: str, index: int, tokens: Sequence[int]) -> None:
+        limit = self._config.max_model_len
+        if len(tokens) >= limit:
+            raise AdapterFault(
+                f"{name}: prompt {index} has {len(tokens)} tokens, and cluster.sampler.max_model_len={limit} must be above that"
+            )
+
+    def _count(self, change: int) -> None:
+        self._in_flight += change
+        self._busy.run(self._in_flight > 0)
+
+    def _statistics(self) -> SamplerStatistics:
+        self._engine.check()
+        return SamplerStatistics(
+            pid=os.getpid(),
+            engine_pid=self._engine.pid,
+            live_versions=tuple(map(str, self._leases.live)),
+            rollouts_in_flight=self._in_flight,
+            tokens_sampled=self._engine.tokens_sampled,
+            installs=self._installs,
+            busy_seconds=self._busy.seconds,
+        )
+
+
+def _root(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first exception of a group that is one: siblings are cancelled because of it."""
+    first = group.exceptions[0]
+    return _root(first) if isinstance(first, BaseExceptionGroup) else first
+
+
+class _BusyClock:
+    """Seconds during which it ran."""
+
+    def __init__(self) -> None:
+        self._total = 0.0
+        self._since: float | None = None
+
+    def run(self, running: bool) -> None:
+        now = time.monotonic()
+        self._total += now - self._since if self._since is not None else 0.0
+        self._since = now if running else None
+
+    @property
+    def seconds(self) -> float:
+        return self._total + (time.monotonic() - self._since if self._since is not None else 0.0)

@@ -1,0 +1,137 @@
+"""Leases: who may name a version, how long it stays, how many there are."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from weft.actors.leases import Lease, Leases
+from weft.transport.errors import InstallError
+from weft.transport.messages import AdapterRef
+
+
+def ref(version: int, name: str = "a", lineage: int = 0) -> AdapterRef:
+    return AdapterRef(name, lineage, version)
+
+
+def install(leases: Leases, *refs: AdapterRef) -> None:
+    for item in refs:
+        leases.publish(leases.reserve(item))
+
+
+def test_a_lease_keeps_its_version_until_it_ends() -> None:
+    leases = Leases(4)
+    install(leases, ref(0), ref(1))
+    lease = leases.acquire(ref(0))
+    leases.retire(ref(0))
+    assert leases.take_removable() == []
+    assert lease.version.ref == ref(0)
+    leases.release(lease)
+    assert [version.ref for version in leases.take_removable()] == [ref(0)]
+
+
+def test_a_removable_version_is_handed_out_once_and_holds_its_place_until_forgotten() -> None:
+    leases = Leases(1)
+    install(leases, ref(0))
+    leases.retire(ref(0))
+    (version,) = leases.take_removable()
+    assert leases.take_removable() == []
+    with pytest.raises(InstallError):
+        leases.reserve(ref(1))
+    leases.forget(version)
+    install(leases, ref(1))
+
+
+def test_a_retired_version_gives_way_to_the_newest_of_its_lineage_alone() -> None:
+    leases = Leases(8)
+    install(leases, ref(1), ref(3), ref(2), ref(9, lineage=1), ref(9, name="b"))
+    leases.retire(ref(1))
+    assert leases.acquire(ref(1)).version.ref == ref(3)
+    with pytest.raises(InstallError, match="a/2/0"):
+        leases.acquire(ref(0, lineage=2))
+
+
+def test_a_reserved_version_is_nobodys_before_it_is_published() -> None:
+    leases = Leases(2)
+    version = leases.reserve(ref(0))
+    assert not leases.holds(ref(0)) and leases.take_removable() == []
+    with pytest.raises(InstallError):
+        leases.acquire(ref(0))
+    leases.publish(version)
+    assert leases.holds(ref(0))
+
+
+def test_ids_are_never_reused() -> None:
+    leases = Leases(1)
+    seen = set()
+    for number in range(50):
+        version = leases.reserve(ref(number % 3))
+        leases.publish(version)
+        seen.add(version.lora_id)
+        leases.retire(version.ref)
+        leases.forget(*leases.take_removable())
+    assert len(seen) == 50 and min(seen) >= 1
+
+
+def test_too_many_versions_are_refused_with_both_numbers() -> None:
+    leases = Leases(2)
+    install(leases, ref(0), ref(1))
+    with pytest.raises(InstallError, match="2 versions are live and max_live_versions is 2"):
+        leases.reserve(ref(2))
+
+
+def test_renewing_moves_the_lease_to_the_newest_and_frees_the_old() -> None:
+    leases = Leases(3)
+    install(leases, ref(0))
+    lease = leases.acquire(ref(0))
+    assert leases.renew(lease) == ref(0)
+    install(leases, ref(1))
+    leases.retire(ref(0))
+    assert leases.renew(lease) == ref(1)
+    assert [version.ref for version in leases.take_removable()] == [ref(0)]
+
+
+def test_renewing_never_moves_back() -> None:
+    leases = Leases(3)
+    install(leases, ref(0), ref(1))
+    lease = leases.acquire(ref(1))
+    leases.retire(ref(1))
+    assert leases.renew(lease) == ref(1)
+
+
+def test_a_retirement_is_taken_back_only_while_the_engine_still_holds_the_version() -> None:
+    leases = Leases(2)
+    assert not leases.restore(ref(0))
+    install(leases, ref(0))
+    lease = leases.acquire(ref(0))
+    leases.retire(ref(0))
+    assert leases.restore(ref(0)) and leases.holds(ref(0))
+    leases.retire(ref(0))
+    leases.release(lease)
+    leases.take_removable()
+    assert not leases.restore(ref(0))
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_no_leased_version_ever_goes_and_the_limit_always_holds(seed: int) -> None:
+    rng = random.Random(seed)
+    leases, held, newest = Leases(3), list[Lease](), 0
+    install(leases, ref(0))
+    for _ in range(300):
+        action = rng.randrange(5)
+        if action == 0:
+            held.append(leases.acquire(ref(newest)))
+        elif action == 1 and held:
+            leases.release(held.pop(rng.randrange(len(held))))
+        elif action == 2 and held:
+            leases.renew(rng.choice(held))
+        elif action == 3 and len(leases.live) < 3:
+            newest += 1
+            install(leases, ref(newest))
+            leases.retire(ref(newest - 1))
+        for version in leases.take_removable():
+            leases.forget(version)
+        assert len(leases.live) <= 3
+        assert {lease.version.ref for lease in held} <= set(leases.live)
+        assert leases.holds(ref(newest))
