@@ -27,6 +27,7 @@ from typing import Any
 
 import psutil
 
+from weft.actors.preflight import gpu_message
 from weft.configs.build import SettingError
 from weft.configs.schema import ClusterConfig
 from weft.transport.channel import Server
@@ -52,8 +53,11 @@ class _Host:
     An actor may have a future `fatal`: its exception (of a sampler whose engine has died) ends `run`, and so the process.
     """
 
-    def __init__(self, target: str, arguments: Mapping[str, Any], environment: Mapping[str, str], path: list[str]) -> None:
+    def __init__(
+        self, target: str, arguments: Mapping[str, Any], environment: Mapping[str, str], folder: str, path: list[str]
+    ) -> None:
         os.environ.update(environment)  # before the target's imports: torch and vLLM read it once
+        os.chdir(folder)  # where the command was given: a user's paths may be relative to it
         sys.path.extend(entry for entry in path if entry not in sys.path)
         module, name = target.rsplit(".", 1)
         self._actor = getattr(importlib.import_module(module), name)(**arguments)
@@ -162,7 +166,7 @@ class Cluster:
 
         options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": 0, "max_concurrency": 16}
         variables = {**ACTOR_ENVIRONMENT, **(environment or {})}
-        handle = ray.remote(_Host).options(**options).remote(target, dict(arguments), variables, list(sys.path))
+        handle = ray.remote(_Host).options(**options).remote(target, dict(arguments), variables, os.getcwd(), list(sys.path))
         try:
             async with asyncio.timeout(self._config.start_deadline_s):
                 endpoint, pid = await asyncio.wrap_future(handle.start.remote(self._host).future())
@@ -233,14 +237,6 @@ class Cluster:
     def _remove_leftovers(self) -> None:
         for folder in (self.shared_folder, self._ray_folder) if self._local else (self.shared_folder,):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def gpu_message(config: ClusterConfig, there: int) -> str:
-    """Says both sides: what the pools ask for and what there is."""
-    samplers = f"cluster.samplers={config.samplers} x gpus_per_sampler={config.gpus_per_sampler}"
-    trainers = f"cluster.trainers={config.trainers} x gpus_per_trainer={config.gpus_per_trainer}"
-    wanted = config.samplers * config.gpus_per_sampler + config.trainers * config.gpus_per_trainer
-    return f"{samplers} + {trainers} ask for {wanted} GPUs: must be at most the {there} that are there"
 
 
 class RayMetrics:

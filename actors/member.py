@@ -60,6 +60,7 @@ class Member:
         self._process: Process | None = None
         self._client: Client | None = None
         self._ready = asyncio.Event()
+        self._condemned = asyncio.Event()
         self._trouble = ""
 
     @property
@@ -93,6 +94,12 @@ class Member:
             raise PeerDiedError(f"{self.name} is being restarted")
         return await self._client.request(message, deadline_s)
 
+    def condemn(self, why: str) -> None:
+        """Take no more requests, and end the process: it lives, and is of no use any more."""
+        self._ready.clear()
+        self._trouble = why
+        self._condemned.set()
+
     async def keep(self, prepare: Callable[[], Awaitable[None]], lost: Callable[[], Awaitable[None]]) -> None:
         """Keep it alive until cancelled. Raises StartError or PeerDiedError when it cannot be."""
         while True:
@@ -114,14 +121,17 @@ class Member:
             return str(error)
         self._process, client = process, self._connect(process.endpoint)
         self._client, self._trouble = client, ""
+        self._condemned.clear()
         try:
             async with asyncio.TaskGroup() as tasks:
-                preparing = tasks.create_task(self._prepare(process, prepare))
+                preparing = tasks.create_task(self._prepare(prepare))
+                executing = tasks.create_task(self._execute(process))
                 why = await process.wait_death()
                 self._ready.clear()
                 self._client = None
                 client.fail(PeerDiedError(why))
                 preparing.cancel()
+                executing.cancel()
             return why
         finally:
             self._ready.clear()
@@ -129,13 +139,16 @@ class Member:
             await client.aclose()
             await process.stop()
 
-    async def _prepare(self, process: Process, prepare: Callable[[], Awaitable[None]]) -> None:
+    async def _prepare(self, prepare: Callable[[], Awaitable[None]]) -> None:
         try:
             await prepare()
         except PeerDiedError:
             return  # of this process, whose death is being awaited
         except WeftError as error:
-            self._trouble = f"{self.name} could not be prepared: {error}"
-            await process.stop()
+            self.condemn(f"{self.name} could not be prepared: {error}")
         else:
             self._ready.set()
+
+    async def _execute(self, process: Process) -> None:
+        await self._condemned.wait()
+        await process.stop()

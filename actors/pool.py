@@ -23,6 +23,7 @@ from weft.transport.errors import PeerDiedError, RemoteError, WeftError
 from weft.transport.messages import AdapterRef, Distributed, Group, Saved, SlabHandle, StepResults, TrainBatch
 
 STATISTICS_DEADLINE_S = 5.0
+ENGINE_LOST = "EngineLostError"  # of sampler_engine.py: the sampler's process lives, and can do nothing any more
 ATTEMPTS = 5  # of one publish, while nothing has died: a death's notice may come later than the error that it causes
 PAUSE_S = 0.25  # before the second attempt, and longer before each one after it
 T = TypeVar("T")
@@ -243,7 +244,7 @@ class SamplerPool:
             while True:
                 await self.wait_ready()
                 with suppress(PeerDiedError):  # the next process is told by `prepare`; told twice is told once
-                    added = await together(*(member.request(message, self._deadline_s) for member in self._members))
+                    added = await together(*(self._ask(member, message, self._deadline_s) for member in self._members))
                     return added[0].num_prompts
         except WeftError:
             self._adapters.pop(config.name, None)
@@ -253,7 +254,7 @@ class SamplerPool:
         self._adapters.pop(name, None)
         for member in self._members:
             with suppress(PeerDiedError):  # the next process never hears of it
-                await member.request(messages.DropAdapter(name), self._deadline_s)
+                await self._ask(member, messages.DropAdapter(name), self._deadline_s)
         await self._sync.drop(name)
 
     async def rollout(self, ref: AdapterRef, prompt_index: int, group_size: int, held_out: bool = False) -> Group:
@@ -265,7 +266,7 @@ class SamplerPool:
         member = min(ready, key=self._in_flight.__getitem__)
         self._in_flight[member] += group_size
         try:
-            group: Group = await member.request(messages.Rollout(ref, prompt_index, group_size, held_out))
+            group: Group = await self._ask(member, messages.Rollout(ref, prompt_index, group_size, held_out))
             return group
         finally:
             self._in_flight[member] -= group_size
@@ -284,6 +285,16 @@ class SamplerPool:
 
     async def lost(self, member: Member) -> None:
         await self._sync.leave(self._members.index(member))
+
+    async def _ask(self, member: Member, message: Any, deadline_s: float | None = None) -> Any:
+        """A sampler without its engine is a dead one, from the moment when it says so."""
+        try:
+            return await member.request(message, deadline_s)
+        except RemoteError as error:
+            if error.kind != ENGINE_LOST:
+                raise
+            member.condemn(str(error))
+            raise PeerDiedError(f"{member.name}: {error}") from error
 
 
 class _Turns:

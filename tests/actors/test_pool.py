@@ -13,6 +13,7 @@ import pytest
 
 from weft.actors.member import Member
 from weft.actors.pool import ParamSyncPool, SamplerPool, TrainerPool
+from weft.actors.sampler_engine import EngineLostError
 from weft.configs.schema import AdapterConfig
 from weft.transport import messages
 from weft.transport.errors import AdapterFault, InstallError, PeerDiedError, RemoteError, StartError
@@ -52,8 +53,11 @@ class Sampler:
         self.hold = asyncio.Event()
         self.hold.set()
         self.rollouts = 0
+        self.engine_lost = False
 
     async def handle(self, message: Any) -> Any:
+        if self.engine_lost:
+            raise EngineLostError
         match message:
             case messages.AddAdapter():
                 if message.config["name"] in self.world.broken:
@@ -430,5 +434,21 @@ def test_statistics_are_of_the_processes_that_answer() -> None:
     async def law() -> None:
         async with running() as (pools, world):
             assert len(await pools.samplers.statistics()) == 2
+
+    asyncio.run(law())
+
+
+def test_a_sampler_that_has_lost_its_engine_counts_as_dead_at_once() -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            ref = await pools.add("a")
+            for index in range(2):
+                world.now(f"sampler-{index}").actor.engine_lost = True
+            for _ in range(2):
+                with pytest.raises(PeerDiedError):
+                    await pools.samplers.rollout(ref, 0, 1)
+            await pools.samplers.wait_ready()
+            assert [len(world.processes[f"sampler-{index}"]) for index in range(2)] == [2, 2]
+            assert (await pools.samplers.rollout(ref, 0, 1)).ref == ref
 
     asyncio.run(law())

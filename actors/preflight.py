@@ -1,0 +1,187 @@
+"""Everything of a user's that can be wrong, found before anything is started: nothing here starts a process or writes a file.
+
+Every SettingError names the setting, its value and the rule. The order is that of cost: what is quick to refuse comes first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from weft.actors.environment import Environment
+from weft.actors.environments.load import load_environment
+from weft.configs.build import SettingError
+from weft.configs.schema import AdapterConfig, ClusterConfig, Config, ModelConfig
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # max_lora_rank as vLLM takes it
+
+
+def preflight(config: Config) -> None:
+    """Raises SettingError for the first thing that would fail once the run is under way."""
+    check_output(config.run.dir)
+    check_ranks(config)
+    check_gpus(config.cluster)
+    check_port(config.cluster)
+    folder = check_model(config)
+    use_working_directory()
+    tokenizer = _tokenizer(config.model, folder)
+    loaded: dict[str, Environment] = {}
+    for adapter in config.adapters:
+        check_lora(adapter, folder)
+        check_environment(adapter, tokenizer, config.cluster.sampler.max_model_len, loaded)
+
+
+def model_folder(model: ModelConfig) -> str:
+    """The folder of `model.path`, which may be the name of a base that ships with weft."""
+    from weft.actors.base_model import tiny_path
+
+    return tiny_path() if model.path == "tiny" else str(Path(model.path).expanduser())
+
+
+def max_lora_rank(config: Config) -> int:
+    """What the samplers are told: the setting, or the smallest rank that vLLM takes and that holds every adapter."""
+    chosen = config.cluster.sampler.max_lora_rank
+    highest = max(adapter.lora.rank for adapter in config.adapters)
+    return chosen or min(rank for rank in LORA_RANKS if rank >= highest)
+
+
+def use_working_directory() -> None:
+    """A user's own module is looked for where the command is given, after everything that is installed."""
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+
+
+def check_output(folder: str) -> None:
+    """The output folder is one that can be made or written to."""
+    path = Path(folder).absolute()
+    for parent in (path, *path.parents):
+        if parent.exists():
+            if not parent.is_dir():
+                raise SettingError(f"run.dir={folder!r}: must be a folder, and {parent} is a file")
+            if not os.access(parent, os.W_OK):
+                raise SettingError(f"run.dir={folder!r}: must be writable, and {parent} is not")
+            return
+
+
+def check_ranks(config: Config) -> None:
+    """vLLM takes few maximal ranks; what is above the highest is refused by the schema."""
+    chosen = config.cluster.sampler.max_lora_rank
+    if chosen is not None and chosen not in LORA_RANKS:
+        raise SettingError(f"cluster.sampler.max_lora_rank={chosen}: must be one of {', '.join(map(str, LORA_RANKS))}")
+
+
+def check_gpus(cluster: ClusterConfig) -> None:
+    """GPUs that are asked for are there; of a cluster that is not this machine, Ray says so when it is joined."""
+    wanted = cluster.samplers * cluster.gpus_per_sampler + cluster.trainers * cluster.gpus_per_trainer
+    if cluster.sync.backend == "nccl" and not (cluster.gpus_per_sampler and cluster.gpus_per_trainer):
+        raise SettingError("cluster.sync.backend='nccl': must be gloo unless gpus_per_sampler and gpus_per_trainer are above 0")
+    if not wanted or cluster.ray_address != "local":
+        return
+    import torch
+
+    there = torch.cuda.device_count()
+    if wanted > there:
+        raise SettingError(gpu_message(cluster, there))
+
+
+def gpu_message(cluster: ClusterConfig, there: int) -> str:
+    """Says both sides: what the pools ask for and what there is."""
+    samplers = f"cluster.samplers={cluster.samplers} x gpus_per_sampler={cluster.gpus_per_sampler}"
+    trainers = f"cluster.trainers={cluster.trainers} x gpus_per_trainer={cluster.gpus_per_trainer}"
+    wanted = cluster.samplers * cluster.gpus_per_sampler + cluster.trainers * cluster.gpus_per_trainer
+    return f"{samplers} + {trainers} ask for {wanted} GPUs: must be at most the {there} that are there"
+
+
+def check_port(cluster: ClusterConfig) -> None:
+    """The dashboard's port is free."""
+    if cluster.ray_address != "local" or not cluster.dashboard_port:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that has just been given back is free
+        try:
+            probe.bind(("127.0.0.1", cluster.dashboard_port))
+        except OSError as error:
+            rule = f"must be free, or 0 for any free port: {os.strerror(error.errno or 0)}"
+            raise SettingError(f"cluster.dashboard_port={cluster.dashboard_port}: {rule}") from None
+
+
+def check_model(config: Config) -> str:
+    """The base is a whole Hugging Face folder of a family that weft runs, and long enough. Returns the folder."""
+    from weft.actors.model import check_folder, read_config
+
+    folder = model_folder(config.model)
+    with _blaming(f"model.path={config.model.path!r}: "):
+        check_folder(folder)
+        longest = read_config(folder).get("max_position_embeddings")
+    wanted = config.cluster.sampler.max_model_len
+    if isinstance(longest, int) and wanted > longest:
+        rule = f"must be at most max_position_embeddings={longest} of model.path={config.model.path!r}"
+        raise SettingError(f"cluster.sampler.max_model_len={wanted}: {rule}")
+    return folder
+
+
+def check_lora(adapter: AdapterConfig, folder: str) -> None:
+    """The model has the target modules, and a warm start is of the adapter's shape."""
+    from weft.actors.lora import SlabLayout, linear_shapes, resolve_targets
+    from weft.actors.model import read_config
+    from weft.actors.peft_folder import check_peft_folder
+
+    lora = adapter.lora
+    shapes = linear_shapes(read_config(folder))
+    with _blaming(f"adapters.{adapter.name}.lora."):
+        modules = resolve_targets(shapes, lora.target_modules, lora.exclude_modules)
+    if lora.warm_start is not None:
+        with _blaming(f"adapters.{adapter.name}.lora.warm_start={lora.warm_start!r}: "):
+            check_peft_folder(Path(lora.warm_start), SlabLayout.build(shapes, modules, lora.rank), lora.alpha)
+
+
+def check_environment(adapter: AdapterConfig, tokenizer: Any, max_model_len: int, loaded: dict[str, Environment]) -> None:
+    """The environment imports, takes its settings and fits the protocol; its first prompt renders and leaves room to answer.
+
+    loaded: environments by what they were built from; adapters of one task share theirs here.
+    """
+    from weft.actors.episode import Chat
+
+    target = adapter.environment.target
+    key = json.dumps([target, adapter.environment.settings], sort_keys=True, default=str)
+    with _blaming(f"adapters.{adapter.name}."):
+        if key not in loaded:
+            loaded[key] = load_environment(target, adapter.environment.settings)
+        for held_out in (False, True) if adapter.eval_prompts else (False,):
+            try:
+                prompt = loaded[key].prompt(0, held_out)
+                tokens = Chat(tokenizer).prompt(prompt)
+            except Exception as error:  # a user's prompt, through a model's template: either may raise anything
+                said = f"{type(error).__name__}: {error}"
+                raise ValueError(f"environment.target={target!r}: prompt(0, {held_out}) cannot be rendered: {said}") from error
+            if len(tokens) >= max_model_len:
+                rule = f"has {len(tokens)} tokens, and cluster.sampler.max_model_len={max_model_len} must be above that"
+                raise ValueError(f"environment.target={target!r}: prompt(0, {held_out}) {rule}")
+
+
+def _tokenizer(model: ModelConfig, folder: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # noqa: BLE001  transformers raises many kinds for a file that is absent or broken
+        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SettingError(f"model.path={model.path!r}: its tokenizer does not load: {said}") from None
+    if not tokenizer.chat_template:
+        raise SettingError(f"model.path={model.path!r}: its tokenizer must have a chat template, and has none")
+    return tokenizer
+
+
+@contextmanager
+def _blaming(prefix: str) -> Iterator[None]:
+    """A ValueError as the setting's."""
+    try:
+        yield
+    except ValueError as error:
+        raise SettingError(f"{prefix}{error}") from error

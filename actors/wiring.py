@@ -1,0 +1,119 @@
+"""From the configuration to running pools: which class each process runs, with what, and who keeps it alive."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+from weft.actors.member import Connect, Member, Process
+from weft.actors.pool import ParamSyncPool, SamplerPool, TrainerPool
+from weft.actors.preflight import max_lora_rank, model_folder
+from weft.configs.schema import Config
+from weft.transport.channel import Client
+
+SAMPLER = "weft.actors.sampler.Sampler"
+TRAINER = "weft.actors.trainer.Trainer"
+PARAM_SYNC = "weft.actors.param_sync.ParamSync"
+
+
+class Starter(Protocol):
+    """cluster.Cluster, as far as the pools need it."""
+
+    async def start(
+        self, name: str, target: str, arguments: Mapping[str, Any], gpus: int = 0, environment: Mapping[str, str] | None = None
+    ) -> Process: ...
+
+
+@dataclass(frozen=True)
+class RunningPools:
+    """All three, each kept alive by tasks of `open_pools`."""
+
+    samplers: SamplerPool
+    trainers: TrainerPool
+    sync: ParamSyncPool
+
+    async def wait_ready(self) -> None:
+        """Returns when every process of every pool takes requests."""
+        for pool in (self.trainers, self.sync, self.samplers):
+            await pool.wait_ready()
+
+
+@asynccontextmanager
+async def open_pools(
+    config: Config, starter: Starter, shared_folder: str, connect: Connect = Client
+) -> AsyncIterator[RunningPools]:
+    """The pools of `config`, starting; their processes end with the block.
+
+    A process that cannot be kept alive ends the block with an ExceptionGroup of StartError or PeerDiedError.
+    """
+    cluster = config.cluster
+    threads = {"OMP_NUM_THREADS": str(cluster.trainer.num_threads)}
+
+    def member(name: str, target: str, arguments: Mapping[str, Any], gpus: int, environment: Mapping[str, str]) -> Member:
+        return Member(name, partial(starter.start, name, target, arguments, gpus, environment), connect)
+
+    trainers = [
+        member(f"trainer-{index}", TRAINER, trainer_arguments(config, index, shared_folder), cluster.gpus_per_trainer, threads)
+        for index in range(cluster.trainers)
+    ]
+    samplers = [
+        member(f"sampler-{index}", SAMPLER, sampler_arguments(config, index), cluster.gpus_per_sampler, {})
+        for index in range(cluster.samplers)
+    ]
+    relay = member("param-sync", PARAM_SYNC, param_sync_arguments(config), 0, {})
+    trainer_pool = TrainerPool(trainers, cluster.start_deadline_s)
+    sync_pool = ParamSyncPool(relay, trainer_pool, cluster.sync.deadline_s)
+    sampler_pool = SamplerPool(samplers, sync_pool, cluster.sampler.max_num_seqs, cluster.start_deadline_s)
+    pools: list[tuple[_Pool, list[Member]]] = [(sampler_pool, samplers), (trainer_pool, trainers), (sync_pool, [relay])]
+    async with asyncio.TaskGroup() as tasks:
+        kept = [
+            tasks.create_task(member.keep(partial(pool.prepare, member), partial(pool.lost, member)))
+            for pool, members in pools
+            for member in members
+        ]
+        try:
+            yield RunningPools(sampler_pool, trainer_pool, sync_pool)
+        finally:
+            for task in kept:
+                task.cancel()
+
+
+class _Pool(Protocol):
+    async def prepare(self, member: Member) -> None: ...
+
+    async def lost(self, member: Member) -> None: ...
+
+
+def sampler_arguments(config: Config, index: int) -> dict[str, Any]:
+    """Of weft.actors.sampler.Sampler."""
+    sampler = config.cluster.sampler
+    return {
+        "model_folder": model_folder(config.model),
+        "model_dtype": config.model.dtype,
+        "config": sampler,
+        "index": index,
+        "device": "cuda" if config.cluster.gpus_per_sampler else "cpu",
+        "max_lora_rank": max_lora_rank(config),
+        "max_live_versions": sampler.max_live_versions or sum(adapter.max_staleness + 2 for adapter in config.adapters),
+    }
+
+
+def trainer_arguments(config: Config, index: int, shared_folder: str) -> dict[str, Any]:
+    """Of weft.actors.trainer.Trainer."""
+    return {
+        "model_folder": model_folder(config.model),
+        "model_dtype": config.model.dtype,
+        "config": config.cluster.trainer,
+        "index": index,
+        "device": "cuda" if config.cluster.gpus_per_trainer else "cpu",
+        "shared_folder": shared_folder,
+    }
+
+
+def param_sync_arguments(config: Config) -> dict[str, Any]:
+    """Of weft.actors.param_sync.ParamSync."""
+    return {"config": config.cluster.sync}

@@ -1,0 +1,204 @@
+"""`weft`: from the command line to a finished run. The one file of the pipeline that knows the actors.
+
+    arguments ──compose, expand──> Config ──preflight──> lock the output folder ──> cluster ──> pools ──> pipeline ──> summary
+
+Exit status: 0 every adapter finished; 1 one failed, or the run could not go on; 2 a mistake of the user's, said before anything
+is started or written; 130 interrupted (the same command goes on from the last checkpoints).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import uvloop
+import yaml
+from rich.console import Console
+
+from weft.actors.wiring import open_pools
+from weft.actors.preflight import check_output, preflight
+from weft.configs.build import SettingError
+from weft.configs.compose import compose
+from weft.configs.expand import expand, to_mapping
+from weft.configs.schema import Config
+from weft.pipeline.checkpoint import Checkpoints, check_resume
+from weft.pipeline.events import Phase, PipelineStatistics
+from weft.pipeline.folder import hold, is_run, move_aside
+from weft.pipeline.help import help_text
+from weft.pipeline.history import History
+from weft.pipeline.interfaces import Pools
+from weft.pipeline.metrics import Metrics
+from weft.pipeline.report import write_report
+from weft.pipeline.run import Pipeline, leaves
+from weft.pipeline.summary import print_closing, summarize, write_summary
+from weft.pipeline.table import make_table
+from weft.transport.errors import WeftError
+
+if TYPE_CHECKING:
+    from weft.actors.cluster import RayMetrics
+
+FINISHED, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+SUMMARY_FILE, CONFIG_FILE = "summary.json", "config.yaml"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    console = Console()
+    try:
+        options, overrides = _parse(arguments)
+        if "help" in options:
+            print(help_text(options.get("config-dir")))
+            return FINISHED
+        config = expand(compose(overrides, options.get("config-dir")))
+        if "cfg" in options:
+            print(yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True), end="")
+            return FINISHED
+        return _run(config, console)
+    except SettingError as error:
+        print(f"weft: {error}", file=sys.stderr)
+        return MISTAKE
+    except WeftError as error:
+        print(f"weft: {error}\nthe same command goes on from the last checkpoints", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("weft: interrupted; the same command goes on from the last checkpoints", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parse(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Options by name, and what is left: overrides."""
+    options: dict[str, str] = {}
+    overrides: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, _, value = argument.lstrip("-").partition("=")
+        if not argument.startswith("-"):
+            overrides.append(argument)
+        elif argument in ("--help", "-h"):
+            options["help"] = ""
+        elif argument == "--cfg":
+            options["cfg"] = ""
+        elif name == "config-dir":
+            value = value or next(rest, "")
+            if not value:
+                raise SettingError("--config-dir: must be followed by a folder")
+            options[name] = value
+        else:
+            raise SettingError(f"{argument}: there is no such option (there are: --help, --cfg, --config-dir DIR)")
+    return options, overrides
+
+
+def _run(config: Config, console: Console) -> int:
+    """Check everything, then take the output folder, then run."""
+    began = time.monotonic()
+    folder = Path(config.run.dir)
+    with ExitStack() as held:
+        check_output(config.run.dir)
+        if is_run(folder):
+            held.enter_context(hold(folder))
+        if not config.run.fresh:
+            _check_resume(config)
+            if _is_finished(config):
+                _say_finished(folder, console)
+                return FINISHED
+        preflight(config)
+        if config.run.fresh:
+            moved = move_aside(folder)
+            held.close()
+            if moved is not None:
+                console.print(f"the earlier run is now in {moved}", highlight=False)
+        if not is_run(folder):
+            held.enter_context(hold(folder, make=True))
+        (folder / CONFIG_FILE).write_text(yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True))
+        statistics = _train(config, console)
+        return _close(config, statistics, time.monotonic() - began, console)
+
+
+def _check_resume(config: Config) -> None:
+    for adapter in config.adapters:
+        try:
+            check_resume(config.run.dir, adapter)
+        except ValueError as error:
+            raise SettingError(f"adapters.{adapter.name}: {error}; run.fresh=true starts anew, run.dir=... elsewhere") from None
+
+
+def _is_finished(config: Config) -> bool:
+    run = config.run
+    done = (Checkpoints(run.dir, adapter.name, run.keep_checkpoints).finished(adapter) for adapter in config.adapters)
+    return (Path(run.dir) / SUMMARY_FILE).is_file() and all(progress is not None for progress in done)
+
+
+def _say_finished(folder: Path, console: Console) -> None:
+    console.print(f"this run has finished: {folder / SUMMARY_FILE}", highlight=False, soft_wrap=True)
+    console.print("run.fresh=true starts it anew (and moves what is there aside); a larger num_steps goes on", highlight=False)
+
+
+def _train(config: Config, console: Console) -> PipelineStatistics:
+    """The run itself. Raises KeyboardInterrupt when it is interrupted, a single exception for whatever else ended it."""
+    try:
+        return uvloop.run(_session(config, console))
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+    except BaseExceptionGroup as group:
+        first = next(leaves(group))
+        if isinstance(first, WeftError | SettingError | KeyboardInterrupt):
+            raise first from None
+        raise
+
+
+async def _session(config: Config, console: Console) -> PipelineStatistics:
+    """Start the cluster and its pools, run the pipeline on them, end them."""
+    from weft.actors.cluster import Cluster, RayMetrics
+
+    task = asyncio.current_task()
+    assert task is not None
+    sizes = config.cluster
+    console.print(f"starting {sizes.samplers} sampler(s), {sizes.trainers} trainer(s), 1 parameter sync", highlight=False)
+    async with Cluster(sizes, config.run.dir) as cluster:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # Ray had put a handler of its own there
+        if cluster.dashboard:
+            console.print(f"Ray dashboard: {cluster.dashboard}", highlight=False)
+        async with open_pools(config, cluster, str(cluster.shared_folder)) as running:
+            await running.wait_ready()
+            pools = Pools(running.samplers, running.trainers, running.sync)
+            return await _watch(config, pools, cluster.dashboard, RayMetrics(), console)
+
+
+async def _watch(config: Config, pools: Pools, dashboard: str, gauges: RayMetrics, console: Console) -> PipelineStatistics:
+    """Run the pipeline under the eyes of the table and the metrics."""
+    pipeline: Pipeline
+
+    def statistics() -> PipelineStatistics:
+        return pipeline.statistics()
+
+    with (
+        Metrics(config.run.dir, record=gauges.record, statistics=statistics) as metrics,
+        ExitStack() as shown,
+    ):
+        table = make_table(config.run.table, statistics, title=config.model.path, dashboard=dashboard, console=console)
+        pipeline = Pipeline(config.run, config.cluster.trainer, pools, observers=(metrics, table))
+        shown.enter_context(table)
+        async with asyncio.TaskGroup() as tasks:
+            drawing = tasks.create_task(table.run())
+            done = await pipeline.run(config.adapters)
+            drawing.cancel()
+        return done
+
+
+def _close(config: Config, statistics: PipelineStatistics, wall_seconds: float, console: Console) -> int:
+    """Write the summary and the report; the exit status says whether every adapter finished."""
+    folder = Path(config.run.dir)
+    history = History.read(folder)
+    summary = summarize(statistics, history, wall_seconds)
+    write_summary(folder / SUMMARY_FILE, summary)
+    write_report(folder, history, summary, to_mapping(config))
+    print_closing(summary, console)
+    console.print(f"summary: {folder / SUMMARY_FILE}   report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    return FINISHED if all(adapter.phase == Phase.FINISHED for adapter in statistics.adapters.values()) else FAILED
