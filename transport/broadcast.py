@@ -1,0 +1,208 @@
+"""One tensor from rank 0 to all others, over gloo or NCCL. The one file that imports torch.distributed.
+
+    relay    store = RendezvousStore("127.0.0.1")                       sampler's worker
+             group = BroadcastGroup(store.address, "7", 0, 3, "gloo", 30.0)    BroadcastGroup(address, "7", 1, 3, "gloo", 30.0)
+             group.broadcast(slab)                                             .broadcast(buffer)
+
+Calls block, so callers use a side thread. Neither a peer's death nor NCCL, which knows no timeout, can make them hang: the
+work is done on a thread of the group's own, which is left behind when the deadline passes. Groups are stateless: they are
+no default process group, and leave the one that vLLM has in the same process alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+
+from weft.transport import rendezvous
+from weft.transport.errors import DeadlineError, PeerDiedError, RendezvousError, WeftError
+
+dist: Any = torch.distributed  # its type hints leave out half of what is used here
+BACKENDS = ("gloo", "nccl")
+_GRACE_S = 0.5  # gloo's own timeout comes first and says more
+_NEVER = timedelta(days=365)
+_NCCL_POLL_S = 5e-5  # a 132 MB slab takes 3e-4 s between two H200
+# A watchdog of torch's ends the whole process when a peer dies. Here it is a vLLM worker with requests of all adapters.
+_NCCL_ENVIRONMENT = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+
+
+@dataclass(frozen=True)
+class BroadcastStatistics:
+    """seconds: inside broadcasts, waiting for members included."""
+
+    broadcasts: int
+    nbytes: int
+    seconds: float
+
+
+class RendezvousStore:
+    """The key store that groups form on, hosted by this process on `host` alone."""
+
+    def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
+        """Raises OSError for an address that cannot be had."""
+        try:
+            listener = socket.create_server((host, port))
+        except OSError as error:
+            raise OSError(error.errno, f"cannot host a rendezvous store at {host}:{port}: {error.strerror}") from error
+        chosen = listener.getsockname()[1]
+        # Handing the socket over is what keeps it off other interfaces: on its own, the store listens on all of them.
+        self._store = dist.TCPStore(host, chosen, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+        self.address = f"{host}:{chosen}"
+
+    def dissolve(self, epoch: str) -> None:
+        """Whoever waits for the group of `epoch`, or comes later, gets RendezvousError."""
+        rendezvous.dissolve(self._store, epoch)
+
+
+class BroadcastGroup:
+    """Member `rank` of the group `epoch`; rank 0 sends. Forms at the first broadcast. One broadcast at a time."""
+
+    def __init__(
+        self, store: str, epoch: str, rank: int, world_size: int, backend: str = "gloo", deadline_s: float = 30.0
+    ) -> None:
+        """store: "host:port" of a RendezvousStore; deadline_s: of each broadcast, forming included. Raises ValueError."""
+        self._host, self._port = rendezvous.split_address(store)
+        if backend not in BACKENDS:
+            raise ValueError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
+        if backend == "nccl" and not dist.is_nccl_available():
+            raise ValueError("backend='nccl': this build of torch has none (gloo it has)")
+        assert 0 <= rank < world_size, (rank, world_size)
+        assert deadline_s > 0, deadline_s
+        self._epoch, self._rank, self._world_size = epoch, rank, world_size
+        self._backend, self._deadline_s = backend, deadline_s
+        self._group: Any = None
+        self._store: Any = None
+        self._broken: str = ""
+        self._outcome: queue.SimpleQueue[BaseException | None] | None = None
+        self._broadcasts, self._nbytes, self._seconds = 0, 0, 0.0
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Rank 0's bytes into every other rank's tensor: contiguous, any dtype, as many bytes at each end. Blocking.
+
+        Raises RendezvousError (the group did not form), PeerDiedError (a member went), DeadlineError. After any of them
+        the group is of no more use: close it and form another under a new epoch.
+        """
+        assert tensor.is_contiguous(), "a slab is one flat buffer"
+        assert self._outcome is None, "one broadcast at a time"
+        if self._broken:
+            raise PeerDiedError(f"group {self._epoch} is of no more use: {self._broken}")
+        if tensor.numel() == 0 or self._world_size == 1:
+            return
+        start = time.monotonic()
+        outcome = self._outcome = queue.SimpleQueue()
+        body = threading.Thread(target=self._run, args=(tensor, start + self._deadline_s, outcome), daemon=True)
+        body.name = f"broadcast-{self._epoch}"
+        body.start()
+        try:
+            error = outcome.get(timeout=self._deadline_s + _GRACE_S)
+        except queue.Empty:
+            error = DeadlineError(f"group {self._epoch}: no broadcast within {self._deadline_s:g} s")
+        finally:
+            self._outcome = None
+        self._seconds += time.monotonic() - start
+        if error is not None:
+            self._broken = self._broken or str(error)
+            raise error
+        self._broadcasts += 1
+        self._nbytes += tensor.nbytes
+
+    def close(self) -> None:
+        """Leave the group. From another thread: ends the broadcast that is under way there with PeerDiedError."""
+        self._broken = self._broken or "it was closed"
+        outcome, group = self._outcome, self._group
+        self._group = self._store = None
+        if outcome is not None:
+            outcome.put(PeerDiedError(f"group {self._epoch} was closed during a broadcast"))
+        if group is not None:
+            # NCCL's abort can wait for a dead peer, and nobody waits for it
+            threading.Thread(target=group.abort, name=f"abort-{self._epoch}", daemon=True).start()
+
+    def statistics(self) -> BroadcastStatistics:
+        return BroadcastStatistics(broadcasts=self._broadcasts, nbytes=self._nbytes, seconds=self._seconds)
+
+    def _run(self, tensor: torch.Tensor, end: float, outcome: queue.SimpleQueue[BaseException | None]) -> None:
+        """The body of one broadcast, on its own thread."""
+        try:
+            if tensor.is_cuda:
+                torch.cuda.set_device(tensor.device)
+            if self._group is None:
+                self._group = self._form(end)
+            if self._broken:
+                raise PeerDiedError(f"group {self._epoch}: {self._broken}")
+            self._send(tensor, end)
+            outcome.put(None)
+        except WeftError as error:
+            outcome.put(error)
+        except RuntimeError as error:  # torch's only word for a timeout and for a peer's death
+            why = f"group {self._epoch}, rank {self._rank} of {self._world_size}: {str(error).partition(chr(10))[0]}"
+            outcome.put(DeadlineError(why) if time.monotonic() >= end else PeerDiedError(why))
+        except BaseException as error:  # noqa: BLE001 this thread has no one else to tell; broadcast() raises it
+            outcome.put(error)
+
+    def _form(self, end: float) -> Any:
+        """Meet the others, then open the process group."""
+        left = end - time.monotonic()
+        try:
+            socket.create_connection((self._host, self._port), timeout=left).close()  # torch would try for long, and loudly
+            store = dist.TCPStore(self._host, self._port, is_master=False, timeout=timedelta(seconds=self._deadline_s))
+        except (OSError, RuntimeError) as error:
+            raise RendezvousError(f"no rendezvous store at {self._host}:{self._port}: {error}") from error
+        self._store = store  # the group's threads use it until they end
+        rendezvous.answer(store, self._epoch, self._rank, self._world_size, end - time.monotonic())
+        prefix = dist.PrefixStore(f"{self._epoch}/group", store)
+        if self._backend == "nccl":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = _NEVER  # the deadline is ours
+            with _environment(_NCCL_ENVIRONMENT):
+                return dist.ProcessGroupNCCL(prefix, self._rank, self._world_size, options)
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=_route(self._host, self._port))]
+        options._timeout = timedelta(seconds=max(end - time.monotonic(), 0.001))
+        return dist.ProcessGroupGloo(prefix, self._rank, self._world_size, options)
+
+    def _send(self, tensor: torch.Tensor, end: float) -> None:
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        work = self._group.broadcast([tensor.detach().view(-1).view(torch.uint8)], options)
+        if self._backend == "gloo":
+            work.wait(timedelta(seconds=max(end - time.monotonic(), 0.001)))
+            return
+        while not work.is_completed():
+            if time.monotonic() >= end:
+                raise DeadlineError(f"group {self._epoch}: no broadcast within {self._deadline_s:g} s")
+            time.sleep(_NCCL_POLL_S)
+        work.wait()  # raises what went wrong
+        torch.cuda.current_stream(tensor.device).synchronize()
+
+
+def _route(host: str, port: int) -> str:
+    """This machine's address on the way to `host`. Sends nothing."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))
+        return str(probe.getsockname()[0])
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """torch reads these when a group is made, and takes them from nowhere else."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
