@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
 
 from weft.pipeline.history import AdapterHistory, History
 from weft.pipeline.palette import adapter_colour
@@ -69,9 +70,9 @@ def colours(history: History) -> dict[str, str]:
 def save_png(figure: Figure, path: Path, title: str) -> None:
     """Write the figure on white, with its title."""
     with style():
-        height = figure.get_size_inches()[1]
-        text = figure.text(0.0, 1.0 + 0.12 / height, title, fontsize=11, fontweight="bold", va="bottom", ha="left")
-        figure.savefig(path, dpi=160, facecolor=PAPER, bbox_inches="tight", pad_inches=0.2)
+        width, height = figure.get_size_inches()
+        text = figure.text(0.003, 1.0 + 0.12 / height, title, fontsize=11, fontweight="bold", va="bottom", ha="left")
+        figure.savefig(path, dpi=160, facecolor=PAPER, bbox_inches=Bbox([[-0.15, -0.15], [width + 0.15, height + 0.45]]))
         text.remove()
 
 
@@ -79,7 +80,7 @@ def to_svg(figure: Figure) -> str:
     """The figure as an SVG element without background, its ink the page's own CSS variables."""
     with style():
         file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, bbox_inches="tight", pad_inches=0.05, metadata={"Date": None})
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()
     text = text[text.index("<svg") :]
     for colour, variable in VARIABLES.items():
