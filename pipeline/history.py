@@ -157,6 +157,6 @@ def _intervals(events: list[Line], starts: Mapping[int, float], ends: list[float
             intervals.append(Interval(line["adapter"], phase, begun, now))
         if not Phase(line["phase"]).ended:
             running[key] = (Phase(line["phase"]), now)
-    end_of = dict(zip(starts, ends, strict=True))
+    end_of = dict(zip(starts, ends, strict=False))  # no session has one end too many
     intervals.extend(Interval(name, phase, begun, end_of[session]) for (session, name), (phase, begun) in running.items())
     return sorted(intervals, key=lambda interval: interval.start)

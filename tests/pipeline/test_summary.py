@@ -1,0 +1,89 @@
+"""summary.json holds what a script looks for, whole or not at all."""
+
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from weft.pipeline.history import History
+from weft.pipeline.metrics import Metrics
+from weft.pipeline.summary import closing_table, count, duration, print_closing, summarize, write_summary
+
+PER_ADAPTER = {
+    "state", "version", "eval_base", "eval_final", "max_staleness", "max_staleness_seen", "tokens_trained", "tokens_sampled",
+    "peft_path", "logprob_diff", "reward_first", "reward_last",
+}  # fmt: skip
+
+
+@pytest.fixture
+def finished(tmp_path, synthetic_run):
+    """(summary, history, run) of a synthetic run in which one adapter failed."""
+    run = synthetic_run(num_steps=6, fail="sorting")
+    with Metrics(tmp_path) as metrics:
+        for event in run.events():
+            metrics(event)
+    history = History.read(tmp_path)
+    return summarize(run.statistics(), history, wall_seconds=99.5), history, run
+
+
+def test_the_summary_holds_every_promised_field(finished):
+    summary, _, run = finished
+    assert summary["wall_seconds"] == 99.5 and summary["staleness_violations"] == 0
+    assert list(summary["adapters"]) == list(run.adapters)
+    assert all(entry.keys() >= PER_ADAPTER for entry in summary["adapters"].values())
+    assert all(entry["max_staleness_seen"] <= entry["max_staleness"] for entry in summary["adapters"].values())
+
+
+def test_only_a_failed_adapter_has_a_traceback(finished):
+    summary, _, _ = finished
+    assert {name for name, entry in summary["adapters"].items() if "traceback" in entry} == {"sorting"}
+    assert "ZeroDivisionError" in summary["adapters"]["sorting"]["traceback"]
+    assert summary["adapters"]["sorting"]["state"] == "failed"
+
+
+def test_logprob_diff_is_the_mean_and_the_largest_over_the_steps(finished):
+    summary, history, _ = finished
+    seen = [line["logprob_diff"] for line in history.adapters["letters"].steps]
+    told = summary["adapters"]["letters"]["logprob_diff"]
+    assert told["mean"] == pytest.approx(sum(seen) / len(seen)) and told["max"] == max(seen) and told["first"] == seen[0]
+    assert seen[told["max_at_step"] - 1] == max(seen)
+
+
+def test_a_summary_is_replaced_whole_and_is_plain_json(tmp_path, finished):
+    path = tmp_path / "summary.json"
+    path.write_text("{")
+    write_summary(path, finished[0] | {"odd": math.nan})
+    read = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert read["odd"] is None and read["adapters"].keys() == finished[0]["adapters"].keys()
+    assert [file.name for file in tmp_path.iterdir() if "summary" in file.name] == ["summary.json"]
+
+
+def test_the_closing_table_fits_a_terminal_and_names_what_failed(finished):
+    console = Console(width=100, record=True, file=None, force_terminal=False)
+    with console.capture() as captured:
+        print_closing(finished[0], console)
+    told = captured.get()
+    assert max(map(len, told.splitlines())) <= 100
+    assert all(name in told for name in finished[0]["adapters"])
+    assert "sorting failed: ZeroDivisionError: division by zero" in told and "staleness violations 0" in told
+    assert closing_table(finished[0]).row_count == 8
+
+
+def test_a_run_without_one_step_has_a_summary_too(tmp_path, synthetic_run):
+    summary = summarize(synthetic_run().statistics(), History.read(tmp_path), 1.0)
+    assert summary["adapters"]["letters"]["logprob_diff"]["mean"] is None
+    with Console(width=100).capture():
+        print_closing(summary, Console(width=100))
+
+
+@pytest.mark.parametrize(
+    ("number", "told"), [(0, "0"), (999, "999"), (1500, "1.5k"), (123456, "123k"), (999_800, "1000k"), (2e9, "2G")]
+)
+def test_counts_are_short(number, told):
+    assert count(number) == told
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(0, "0:00"), (59.6, "1:00"), (75, "1:15"), (3700, "1:01:40")])
+def test_durations_are_minutes_and_seconds(seconds, told):
+    assert duration(seconds) == told
