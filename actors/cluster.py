@@ -33,9 +33,10 @@ from weft.configs.schema import ClusterConfig
 from weft.transport.channel import Server
 from weft.transport.errors import StartError
 
+HOST = "127.0.0.1"
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": "disabled",  # nothing but loopback can reach a local cluster
+    "RAY_AUTH_MODE": "disabled",  # nothing but loopback reaches it
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux: every port binds 127.0.0.1
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -63,9 +64,9 @@ class _Host:
         self._actor = getattr(importlib.import_module(module), name)(**arguments)
         self._server = Server(self._actor.handle)
 
-    async def start(self, host: str) -> tuple[str, int]:
+    async def start(self) -> tuple[str, int]:
         await self._actor.start()
-        return await self._server.start(f"tcp://{host}:0"), os.getpid()
+        return await self._server.start(f"tcp://{HOST}:0"), os.getpid()
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -126,7 +127,6 @@ class Cluster:
     def __init__(self, config: ClusterConfig, folder: str, dashboard: bool = True) -> None:
         self._config = config
         self._with_dashboard = dashboard
-        self._local = config.ray_address == "local"
         self.run_id = hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:8]
         shared = Path("/dev/shm")
         self.shared_folder = (shared if shared.is_dir() else Path(tempfile.gettempdir())) / f"weft-{self.run_id}"
@@ -134,7 +134,6 @@ class Cluster:
         self.dashboard = ""
         # Unix sockets have paths of at most 107 bytes, and Ray puts 60 of its own behind this one.
         self._ray_folder = Path(tempfile.gettempdir()) / f"weft-ray-{self.run_id}"
-        self._host = "127.0.0.1"
 
     async def __aenter__(self) -> Cluster:
         self._remove_leftovers()
@@ -164,12 +163,15 @@ class Cluster:
         import ray
         from ray.exceptions import RayError
 
+        there = int(ray.cluster_resources().get("GPU", 0))
+        if gpus > there:  # Ray would wait for one for ever
+            raise StartError(f"{name} needs {gpus} GPUs, and Ray has {there}")
         options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": 0, "max_concurrency": 16}
         variables = {**ACTOR_ENVIRONMENT, **(environment or {})}
         handle = ray.remote(_Host).options(**options).remote(target, dict(arguments), variables, os.getcwd(), list(sys.path))
         try:
             async with asyncio.timeout(self._config.start_deadline_s):
-                endpoint, pid = await asyncio.wrap_future(handle.start.remote(self._host).future())
+                endpoint, pid = await asyncio.wrap_future(handle.start.remote().future())
         except RayError as error:
             raise StartError(f"{name} did not start: {_cause(error)}") from None
         except TimeoutError:
@@ -182,26 +184,22 @@ class Cluster:
         return Process(name, handle, endpoint, pid)
 
     def _start_ray(self) -> None:
-        with _variables(RAY_ENVIRONMENT if self._local else {}):
+        with _variables(RAY_ENVIRONMENT):
             import ray
 
-            if not self._local:
-                context = ray.init(address=self._config.ray_address, log_to_driver=False, logging_level=logging.ERROR)
-                self._host = ray.util.get_node_ip_address()
-            else:
-                context = ray.init(
-                    address="local",
-                    num_cpus=1,  # actors take none, so placement never waits for one
-                    include_dashboard=self._with_dashboard,
-                    dashboard_host="127.0.0.1",
-                    dashboard_port=self._config.dashboard_port or _free_port(),
-                    object_store_memory=80 * 2**20,  # the least that Ray takes; no tensor goes through it
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    _temp_dir=str(self._ray_folder),
-                    # An engine is a child of its sampler; killed with it, and never left behind.
-                    _system_config={"process_group_cleanup_enabled": True},
-                )
+            context = ray.init(
+                address="local",
+                num_cpus=1,  # actors take none, so placement never waits for one
+                include_dashboard=self._with_dashboard,
+                dashboard_host=HOST,
+                dashboard_port=self._config.dashboard_port or _free_port(),
+                object_store_memory=80 * 2**20,  # about the least that Ray takes; no tensor goes through it
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(self._ray_folder),
+                # An engine is a child of its sampler: killed with it, and never left behind.
+                _system_config={"process_group_cleanup_enabled": True},
+            )
         self.dashboard = f"http://{context.dashboard_url}" if context.dashboard_url else ""
 
     def _check_gpus(self) -> None:
@@ -216,7 +214,7 @@ class Cluster:
     def _stop_ray(self) -> None:
         import ray
 
-        processes = _descendants(self._ray_folder) if self._local else []
+        processes = _descendants(self._ray_folder)
         ray.shutdown()
         _, alive = psutil.wait_procs(processes, timeout=5)
         for process in alive:
@@ -235,7 +233,7 @@ class Cluster:
                     shutil.copy(file, self.log_folder / file.name)
 
     def _remove_leftovers(self) -> None:
-        for folder in (self.shared_folder, self._ray_folder) if self._local else (self.shared_folder,):
+        for folder in (self.shared_folder, self._ray_folder):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -288,7 +286,7 @@ def _variables(values: Mapping[str, str]) -> Iterator[None]:
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
 
 

@@ -90,9 +90,15 @@ class Member:
 
     async def request(self, message: Any, deadline_s: float | None = None) -> Any:
         """The reply of the present process; PeerDiedError if it dies first, or if there is none. Usable in `prepare`."""
-        if self._client is None:
+        client = self._client
+        if client is None:
             raise PeerDiedError(f"{self.name} is being restarted")
-        return await self._client.request(message, deadline_s)
+        try:
+            return await client.request(message, deadline_s)
+        except PeerDiedError as error:
+            if client is self._client:  # the channel knows before Ray does: nobody may find this one ready meanwhile
+                self.condemn(str(error))
+            raise
 
     def condemn(self, why: str) -> None:
         """Take no more requests, and end the process: it lives, and is of no use any more."""
@@ -142,8 +148,6 @@ class Member:
     async def _prepare(self, prepare: Callable[[], Awaitable[None]]) -> None:
         try:
             await prepare()
-        except PeerDiedError:
-            return  # of this process, whose death is being awaited
         except WeftError as error:
             self.condemn(f"{self.name} could not be prepared: {error}")
         else:

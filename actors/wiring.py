@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from weft.actors.member import Connect, Member, Process
@@ -98,7 +99,7 @@ def sampler_arguments(config: Config, index: int) -> dict[str, Any]:
         "index": index,
         "device": "cuda" if config.cluster.gpus_per_sampler else "cpu",
         "max_lora_rank": max_lora_rank(config),
-        "max_live_versions": sampler.max_live_versions or sum(adapter.max_staleness + 2 for adapter in config.adapters),
+        "max_live_versions": sum(adapter.max_staleness + 2 for adapter in config.adapters),
     }
 
 
@@ -108,9 +109,9 @@ def trainer_arguments(config: Config, index: int, shared_folder: str) -> dict[st
         "model_folder": model_folder(config.model),
         "model_dtype": config.model.dtype,
         "config": config.cluster.trainer,
-        "index": index,
+        "folder": str(Path(config.run.dir).absolute() / "trainers" / str(index)),
+        "slab_folder": shared_folder,
         "device": "cuda" if config.cluster.gpus_per_trainer else "cpu",
-        "shared_folder": shared_folder,
     }
 
 

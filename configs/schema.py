@@ -80,7 +80,7 @@ class LossConfig:
 
     name: str = "grpo"
     advantage: str = "grpo"
-    normalization: str = "auto"  # token: / loss tokens; sequence: mean of row means; constant: / (rows * max_tokens); auto: see denominator
+    normalization: str = "auto"  # token: / loss tokens; sequence: mean of row means; constant: / (rows * max_tokens)
     clip_low: float = 0.2  # the ratio is kept above 1 - clip_low ...
     clip_high: float = 0.2  # ... and below 1 + clip_high
     kl_coefficient: float = 0.0  # weight of the KL divergence to the base model
@@ -166,8 +166,9 @@ class AdapterConfig:
         _check(self.max_staleness >= 0, "max_staleness", self.max_staleness, "at least 0")
         _one_of("rollout_version", self.rollout_version, ROLLOUT_VERSIONS)
         _check(self.eval_prompts >= 0, "eval_prompts", self.eval_prompts, "at least 0")
-        alone = self.group_size == 1 and self.loss.advantage in ("grpo", "dr_grpo", "rloo") and self.loss.name != "cross_entropy"
-        _check(not alone, "group_size", self.group_size, f"at least 2 with loss.advantage={self.loss.advantage}")
+        compares = self.loss.advantage in ("grpo", "dr_grpo", "rloo") and self.loss.name != "cross_entropy"
+        rule = f"at least 2 with loss.advantage={self.loss.advantage}"
+        _check(self.group_size > 1 or not compares, "group_size", self.group_size, rule)
 
     @property
     def groups_per_step(self) -> int:
@@ -188,21 +189,21 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """One vLLM sampler. `max_live_versions` None: the sum over adapters of max_staleness + 2."""
+    """One vLLM sampler."""
 
     max_lora_rank: int | None = None  # None: the smallest that vLLM allows and that holds every adapter
-    max_live_versions: int | None = None
     max_num_seqs: int = 128
     max_model_len: int = 512
     kv_cache_gib: float = 1.0  # CPU: the whole cache; GPU: see gpu_memory_utilization
     gpu_memory_utilization: float = 0.85
 
     def __post_init__(self) -> None:
-        for name in ("max_lora_rank", "max_live_versions", "max_num_seqs", "max_model_len"):
+        for name in ("max_lora_rank", "max_num_seqs", "max_model_len"):
             value = getattr(self, name)
             _check(value is None or value > 0, name, value, "above 0")
         _check(self.kv_cache_gib > 0, "kv_cache_gib", self.kv_cache_gib, "above 0")
-        _check(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", self.gpu_memory_utilization, "above 0 and at most 1")
+        share = self.gpu_memory_utilization
+        _check(0 < share <= 1, "gpu_memory_utilization", share, "above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -233,13 +234,12 @@ class SyncConfig:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """What the pools are made of, and Ray."""
+    """What the pools are made of, and Ray, whose cluster is this machine and binds loopback alone."""
 
     samplers: int = 1
     trainers: int = 1
     gpus_per_sampler: int = 0
     gpus_per_trainer: int = 0
-    ray_address: str = "local"  # "local" starts a cluster that binds loopback alone; else the address of yours
     dashboard_port: int = 8265
     start_deadline_s: float = 180.0
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -262,12 +262,10 @@ class RunConfig:
     dir: str = "outputs/weft"
     fresh: bool = False  # True: an earlier run in `dir` is moved aside, never resumed
     checkpoint_every: int = 5  # optimizer steps of an adapter between its checkpoints
-    keep_checkpoints: int = 2
     table: str = "auto"  # the live table: auto (if there is a terminal), live, plain
 
     def __post_init__(self) -> None:
         _check(self.checkpoint_every > 0, "checkpoint_every", self.checkpoint_every, "above 0")
-        _check(self.keep_checkpoints > 1, "keep_checkpoints", self.keep_checkpoints, "at least 2")
         _one_of("table", self.table, ("auto", "live", "plain"))
 
 
@@ -287,5 +285,5 @@ class Config:
         _check(bool(names), "adapters", names, "at least one adapter")
         limit = self.cluster.sampler.max_lora_rank
         for adapter in self.adapters:
-            fits = limit is None or adapter.lora.rank <= limit
-            _check(fits, f"adapters.{adapter.name}.lora.rank", adapter.lora.rank, f"at most cluster.sampler.max_lora_rank={limit}")
+            name, rank = f"adapters.{adapter.name}.lora.rank", adapter.lora.rank
+            _check(limit is None or rank <= limit, name, rank, f"at most cluster.sampler.max_lora_rank={limit}")

@@ -21,8 +21,8 @@ import uvloop
 import yaml
 from rich.console import Console
 
-from weft.actors.wiring import open_pools
 from weft.actors.preflight import check_output, preflight
+from weft.actors.wiring import open_pools
 from weft.configs.build import SettingError
 from weft.configs.compose import compose
 from weft.configs.expand import expand, to_mapping
@@ -34,6 +34,7 @@ from weft.pipeline.help import help_text
 from weft.pipeline.history import History
 from weft.pipeline.interfaces import Pools
 from weft.pipeline.metrics import Metrics
+from weft.pipeline.recovery import KEEP
 from weft.pipeline.report import write_report
 from weft.pipeline.run import Pipeline, leaves
 from weft.pipeline.summary import print_closing, summarize, write_summary
@@ -130,9 +131,9 @@ def _check_resume(config: Config) -> None:
 
 
 def _is_finished(config: Config) -> bool:
-    run = config.run
-    done = (Checkpoints(run.dir, adapter.name, run.keep_checkpoints).finished(adapter) for adapter in config.adapters)
-    return (Path(run.dir) / SUMMARY_FILE).is_file() and all(progress is not None for progress in done)
+    folder = config.run.dir
+    done = (Checkpoints(folder, adapter.name, KEEP).finished(adapter) for adapter in config.adapters)
+    return (Path(folder) / SUMMARY_FILE).is_file() and all(progress is not None for progress in done)
 
 
 def _say_finished(folder: Path, console: Console) -> None:

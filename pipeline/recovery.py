@@ -17,6 +17,8 @@ from weft.pipeline.events import CheckpointWritten, Phase
 from weft.pipeline.interfaces import Trainers
 from weft.pipeline.journal import Journal
 
+KEEP = 2  # checkpoints of an adapter: the newest, and the one before it in case the newest was altered
+
 
 class Recovery:
     """Of all adapters of one run."""
@@ -81,7 +83,7 @@ class Recovery:
             await asyncio.to_thread(self._checkpoints(adapter.name).finish, adapter.config, adapter.progress)
 
     def _checkpoints(self, name: str) -> Checkpoints:
-        return Checkpoints(self._settings.dir, name, self._settings.keep_checkpoints)
+        return Checkpoints(self._settings.dir, name, KEEP)
 
 
 def _empty_folder(path: Path) -> None:

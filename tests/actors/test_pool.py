@@ -42,7 +42,10 @@ class StandIn:
         self._dead.set()
 
     async def kill(self) -> None:
-        await self.stop()
+        """The connection breaks at once; that the process is dead is known a little later."""
+        await self.server.aclose()
+        await asyncio.sleep(0.01)
+        self._dead.set()
 
 
 class Sampler:

@@ -1,0 +1,147 @@
+"""One real Ray cluster: a trivial actor is started, killed and started again, and at the end nothing is left."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from weft.actors.cluster import Cluster, RayMetrics
+from weft.actors.member import Member
+from weft.configs.schema import ClusterConfig
+from weft.transport.channel import Client
+from weft.transport.errors import PeerDiedError, StartError
+from weft.transport.messages import Done, DropAdapter, GetStatistics, SamplerStatistics
+
+ACTOR = '''
+import asyncio, os, subprocess, sys
+from weft.transport.messages import Done, SamplerStatistics
+
+class Trivial:
+    """Has a child, as a sampler has its engine."""
+
+    def __init__(self, refuses=False):
+        self.refuses = refuses
+
+    async def start(self):
+        if self.refuses:
+            raise ValueError("it does not want to")
+        self.fatal = asyncio.get_running_loop().create_future()
+        self.child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+
+    async def aclose(self):
+        self.child.kill()
+        self.child.wait()
+
+    async def handle(self, message):
+        if type(message).__name__ == "DropAdapter":
+            self.fatal.set_exception(RuntimeError("the engine has died"))
+            return Done()
+        if type(message).__name__ == "AddAdapter":
+            await asyncio.Event().wait()
+        return SamplerStatistics(os.getpid(), self.child.pid, (os.environ["OMP_NUM_THREADS"], os.getcwd()), 0, 0, 0, 0.0)
+'''
+
+
+async def until_gone(pid: int) -> None:
+    await asyncio.to_thread(psutil.wait_procs, [psutil.Process(pid)] if psutil.pid_exists(pid) else [], 20)
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+async def restarts_after_kill(cluster: Cluster) -> None:
+    async def spawn() -> Any:
+        return await cluster.start("trivial", "trivial_actor.Trivial", {}, environment={"OMP_NUM_THREADS": "3"})
+
+    async def nothing() -> None:
+        return None
+
+    member = Member("trivial", spawn, Client)
+    async with asyncio.TaskGroup() as tasks:
+        keeping = tasks.create_task(member.keep(nothing, nothing))
+        await member.wait_ready()
+        first: SamplerStatistics = await member.request(GetStatistics())
+        assert first.pid == member.pid
+        assert first.live_versions == ("3", os.getcwd())
+        os.kill(first.pid, signal.SIGKILL)
+        with pytest.raises(PeerDiedError):
+            while True:
+                await member.request(GetStatistics())
+        await member.wait_ready()
+        second: SamplerStatistics = await member.request(GetStatistics())
+        assert second.pid != first.pid
+        await until_gone(first.engine_pid)  # killed with its parent, though nobody told it to end
+        assert await member.request(DropAdapter("x")) == Done()  # its engine dies: so does it
+        with pytest.raises(PeerDiedError):
+            while True:
+                await member.request(GetStatistics())
+        await member.wait_ready()
+        assert member.deaths == 2
+        third: SamplerStatistics = await member.request(GetStatistics())
+        keeping.cancel()
+    await until_gone(third.pid)
+    await until_gone(third.engine_pid)
+
+
+async def says_why_it_did_not_start(cluster: Cluster) -> None:
+    with pytest.raises(StartError, match="it does not want to"):
+        await cluster.start("trivial", "trivial_actor.Trivial", {"refuses": True})
+    with pytest.raises(StartError, match="Absent"):
+        await cluster.start("trivial", "trivial_actor.Absent", {})
+    with pytest.raises(StartError, match="needs 100 GPUs, and Ray has"):
+        await cluster.start("trivial", "trivial_actor.Trivial", {}, gpus=100)
+
+
+async def shows_metrics(cluster: Cluster) -> None:
+    import ray
+
+    metrics = RayMetrics()
+    for value in (0.25, 0.5):
+        metrics.record("weft_reward_mean", value, {"adapter": "calc"})
+        metrics.record("weft_tokens_trained", 100.0, {"adapter": "calc"})
+        metrics.record("weft_time_step", 2.0, {"adapter": "calc"})
+    address = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+    lines: dict[str, str] = {}
+    async with asyncio.timeout(30):
+        while "ray_weft_reward_mean" not in lines:
+            text = await asyncio.to_thread(lambda: urllib.request.urlopen(address).read().decode())
+            lines = {line.split("{")[0]: line for line in text.splitlines() if line.startswith("ray_weft")}
+            await asyncio.sleep(0.2)
+    assert 'adapter="calc"' in lines["ray_weft_reward_mean"]
+    assert lines["ray_weft_reward_mean"].endswith(" 0.5")
+    assert next(line for name, line in lines.items() if name.startswith("ray_weft_tokens_trained")).endswith(" 200.0")
+    assert lines["ray_weft_time_step_count"].endswith(" 2.0")
+
+
+def test_a_killed_actor_is_replaced_a_refusing_one_says_why_and_nothing_is_left_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "trivial_actor.py").write_text(ACTOR)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = set(psutil.Process().children(recursive=True))
+
+    async def law() -> Cluster:
+        whole = Cluster(ClusterConfig(dashboard_port=0), str(tmp_path / "out"), dashboard=False)
+        async with asyncio.timeout(150), whole as cluster:
+            assert cluster.shared_folder.is_dir()
+            await restarts_after_kill(cluster)
+            await says_why_it_did_not_start(cluster)
+            await shows_metrics(cluster)
+            left_running = await cluster.start("trivial", "trivial_actor.Trivial", {})
+            client = Client(left_running.endpoint)
+            pids.extend([left_running.pid, (await client.request(GetStatistics(), 5)).engine_pid])
+            await client.aclose()
+            return cluster
+
+    pids: list[int] = []
+    cluster = asyncio.run(law())
+    psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], 20)
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert set(psutil.Process().children(recursive=True)) <= before
+    assert not cluster.shared_folder.exists()
+    assert any((tmp_path / "out" / "logs").iterdir())

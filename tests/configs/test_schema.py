@@ -1,0 +1,95 @@
+"""The settings: frozen, at most sixty, and these; each refuses what it cannot be by name, value and rule."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from weft.configs import schema
+from weft.configs.build import SettingError, build
+from weft.configs.expand import leaves
+from weft.configs.schema import AdapterConfig, ClusterConfig, ModelConfig, RunConfig
+
+SECTIONS = {"run": RunConfig, "model": ModelConfig, "cluster": ClusterConfig, "adapter": AdapterConfig}
+LISTED = """
+run.dir run.fresh run.checkpoint_every run.table
+model.path model.dtype
+cluster.samplers cluster.trainers cluster.gpus_per_sampler cluster.gpus_per_trainer
+cluster.dashboard_port cluster.start_deadline_s
+cluster.sampler.max_lora_rank cluster.sampler.max_num_seqs cluster.sampler.max_model_len
+cluster.sampler.kv_cache_gib cluster.sampler.gpu_memory_utilization
+cluster.trainer.token_budget cluster.trainer.device_adapters cluster.trainer.host_adapters cluster.trainer.num_threads
+cluster.sync.backend cluster.sync.deadline_s
+adapter.name adapter.num_steps adapter.batch_size adapter.group_size adapter.max_staleness adapter.rollout_version
+adapter.eval_prompts
+adapter.environment.target adapter.environment.settings adapter.environment.max_turns
+adapter.lora.rank adapter.lora.alpha adapter.lora.target_modules adapter.lora.exclude_modules adapter.lora.warm_start
+adapter.optimizer.learning_rate adapter.optimizer.schedule adapter.optimizer.warmup_steps adapter.optimizer.betas
+adapter.optimizer.eps adapter.optimizer.weight_decay adapter.optimizer.max_grad_norm
+adapter.loss.name adapter.loss.advantage adapter.loss.normalization adapter.loss.clip_low adapter.loss.clip_high
+adapter.loss.kl_coefficient adapter.loss.correction adapter.loss.correction_cap
+adapter.sampling.temperature adapter.sampling.top_p adapter.sampling.top_k adapter.sampling.max_tokens
+adapter.sampling.stop adapter.sampling.stop_token_ids adapter.sampling.seed
+"""
+
+
+def dataclasses_of_schema() -> list[type]:
+    return [cls for cls in vars(schema).values() if isinstance(cls, type) and cls.__module__ == schema.__name__]
+
+
+def test_every_dataclass_of_the_schema_is_frozen() -> None:
+    classes = dataclasses_of_schema()
+    assert len(classes) > 8
+    for cls in classes:
+        assert dataclasses.is_dataclass(cls)
+        assert cls.__dataclass_params__.frozen, cls  # type: ignore[attr-defined]
+
+
+def test_the_settings_are_these() -> None:
+    found = [f"{section}.{leaf}" for section, cls in SECTIONS.items() for leaf in leaves(cls)]
+    assert sorted(found) == sorted(LISTED.split())
+    assert len(found) <= 60
+
+
+def test_every_setting_but_an_adapters_name_has_a_default() -> None:
+    for cls in SECTIONS.values():
+        build(cls, {"name": "a"} if cls is AdapterConfig else {})
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings", "message"),
+    [
+        (AdapterConfig, {"lora": {"rank": 0}}, "a.lora.rank=0: must be from 1 to 512"),
+        (AdapterConfig, {"lora": {"rank": 513}}, "a.lora.rank=513: must be from 1 to 512"),
+        (AdapterConfig, {"lora": {"rank": 1.5}}, "a.lora.rank=1.5: must be of type int"),
+        (AdapterConfig, {"lora": {"rank": True}}, "a.lora.rank=True: must be of type int"),
+        (AdapterConfig, {"lora": {"rnk": 8}}, "a.lora.rnk: unknown setting; did you mean 'rank'?"),
+        (AdapterConfig, {"max_staleness": -1}, "a.max_staleness=-1: must be at least 0"),
+        (AdapterConfig, {"batch_size": 65}, "a.batch_size=65: must be a multiple of group_size=8"),
+        (AdapterConfig, {"batch_size": 8, "group_size": 1}, "a.group_size=1: must be at least 2 with loss.advantage=grpo"),
+        (AdapterConfig, {"name": "a/b"}, "a.name='a/b': must be letters, digits"),
+        (AdapterConfig, {"optimizer": {"betas": [0.9]}}, "a.optimizer.betas=[0.9]: must have 2 values"),
+        (AdapterConfig, {"optimizer": {"learning_rate": "fast"}}, "a.optimizer.learning_rate='fast': must be of type float"),
+        (AdapterConfig, {"loss": {"name": "grop"}}, "a.loss.name='grop': must be one of importance_sampling, ppo, grpo"),
+        (AdapterConfig, {"sampling": {"temperature": 0}}, "a.sampling.temperature=0.0: must be above 0"),
+        (AdapterConfig, {"sampling": 3}, "a.sampling=3: must be a mapping of settings"),
+        (ClusterConfig, {"gpus_per_sampler": -1}, "a.gpus_per_sampler=-1: must be at least 0"),
+        (ClusterConfig, {"sync": {"backend": "mpi"}}, "a.sync.backend='mpi': must be one of gloo, nccl"),
+        (RunConfig, {"checkpoint_every": 0}, "a.checkpoint_every=0: must be above 0"),
+        (ModelConfig, {"dtype": "int8"}, "a.dtype='int8': must be one of float32, bfloat16"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name_value_and_rule(cls: type, settings: dict[str, Any], message: str) -> None:
+    named = {"name": "a", **settings} if cls is AdapterConfig else settings
+    with pytest.raises(SettingError) as caught:
+        build(cls, named, "a")
+    assert message in str(caught.value)
+
+
+def test_numbers_as_yaml_gives_them_become_what_the_schema_says() -> None:
+    built = build(AdapterConfig, {"name": "a", "num_steps": 3.0, "optimizer": {"learning_rate": "1e-4"}, "lora": {"alpha": 4}})
+    assert (built.num_steps, built.optimizer.learning_rate, built.lora.alpha) == (3, 1e-4, 4.0)
+    assert isinstance(built.num_steps, int)
+    assert build(AdapterConfig, {"name": "a", "sampling": {"stop": "\n"}}).sampling.stop == ("\n",)
