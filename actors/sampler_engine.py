@@ -20,8 +20,12 @@ from weft.transport.errors import WeftError
 
 EXTENSION = "weft.actors.sampler_extension.SamplerExtension"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM can be told; every place in the engine is padded to it
+# vLLM would wrap the head as well, which no adapter of ours touches; that costs time, and a batch that holds a request for
+# prompt log-probabilities (the canary) then kills the engine: its head applies one adapter a request, not one a token.
+LORA_MODULES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 BLOCK_SIZE_CPU = 32  # tokens of a cache block: vLLM's own 128 shares no prefix of a short prompt
 _GIB = 1 << 30
+_END_S = 2.0  # the engine's process gets this long to end by itself
 
 
 class EngineLostError(WeftError):
@@ -55,7 +59,8 @@ class Engine:
 
     def close(self) -> None:
         if hasattr(self, "_llm"):
-            self._llm.shutdown(timeout=5.0)
+            self._llm.shutdown(timeout=_END_S)
+            del self._llm
 
     def check(self) -> None:
         """Raises EngineLostError if the engine has died."""
@@ -153,6 +158,7 @@ def engine_arguments(
         "max_loras": max_live_versions,
         "max_cpu_loras": max_live_versions,
         "max_lora_rank": fitting[0],
+        "lora_target_modules": list(LORA_MODULES),
         "max_num_seqs": config.max_num_seqs,
         "max_model_len": config.max_model_len,
         "enable_prefix_caching": True,
