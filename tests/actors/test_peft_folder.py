@@ -84,7 +84,8 @@ def test_vllm_reads_every_tensor_of_it(tmp_path: Path) -> None:
     write_peft_folder(tmp_path, layout, flat, 6.0, "base")
     helper = PEFTHelper.from_local_dir(str(tmp_path), 128)
     expected = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    loaded = LoRAModel.from_local_checkpoint(str(tmp_path), expected, helper, 1, device="cpu", dtype=torch.float32)
+    place = {"device": "cpu", "dtype": torch.float32}
+    loaded = LoRAModel.from_local_checkpoint(str(tmp_path), expected, helper, lora_model_id=1, **place)
     assert set(loaded.loras) == set(layout.modules)
     for name, (a, b) in layout.views(flat).items():
         assert loaded.loras[name].scaling == 2.0

@@ -1,0 +1,223 @@
+"""Gradients and optimizer steps of many adapters at once, on one frozen base.
+
+    batches ──plan──> launches ──decoder──> hidden at loss positions ──kernels.logprob──> log-probabilities
+                                                                                              |
+    weights, moments <──kernels.optim── gradient slab of each adapter <──backward── sum of the adapters' losses
+
+One forward and backward carries every adapter of a launch; what is summed over tokens is summed over one adapter's: its loss,
+its gradient slab, its norm, its moments. So a loss that is not finite reaches no other adapter.
+T packed tokens, P loss tokens, D elements of one adapter, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from weft.actors.adapter_store import AdapterStore, Slabs
+from weft.actors.canary import canary_tokens
+from weft.actors.launch import Launch, Piece, plan
+from weft.actors.lora import LoraBatch, LoraPair, SlabLayout
+from weft.actors.loss import Denominators, LossResult, LossTokens, adapter_loss
+from weft.actors.model import Decoder
+from weft.configs.schema import AdapterConfig, OptimizerConfig
+from weft.kernels.logprob import token_logprobs
+from weft.kernels.optim import adamw_step
+from weft.transport.messages import UNSAMPLED, AdapterRef, Scores, TrainBatch
+
+
+@dataclass
+class Adapter:
+    """What the trainer knows of one adapter beside its slabs. The optimizer's step count is the version."""
+
+    config: AdapterConfig
+    ref: AdapterRef
+    layout: SlabLayout
+    fault: str = ""  # of the gradient that it holds
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+
+@dataclass
+class Tally:
+    """Sums over the launches of one adapter's batch, on the device until `metrics` reads them, once."""
+
+    config: AdapterConfig
+    loss: Tensor | float = 0.0
+    ratio_max: Tensor | float = 0.0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
+    fresh: int = 0  # loss tokens sampled under the very version that trains
+
+    def add(self, result: LossResult, tokens: LossTokens, entropy: Tensor, fresh: Tensor, count: int) -> None:
+        gap = (tokens.logprobs.detach() - tokens.sampler_logprobs).abs()
+        parts = {"entropy": entropy, "clip_fraction": result.clipped, "logprob_diff": gap[fresh]}
+        if self.config.loss.correction != "none":
+            parts["truncated_fraction" if self.config.loss.correction == "tis" else "masked_fraction"] = result.corrected
+        if result.kl is not None:
+            parts["kl"] = result.kl
+        for name, values in parts.items():
+            self.sums[name] = self.sums.get(name, torch.zeros((), device=values.device)) + values.sum()
+        if result.ratio is not None:
+            self.ratio_max = torch.maximum(torch.as_tensor(self.ratio_max, device=result.ratio.device), result.ratio.max())
+        self.loss = self.loss + result.loss.detach()
+        self.tokens += len(gap)
+        self.fresh += count
+
+    def metrics(self) -> dict[str, float]:
+        """Only what there is something to say about, and only finite numbers, but for the loss itself."""
+        values = {name: float(total) / max(self.tokens, 1) for name, total in self.sums.items()}
+        values.pop("logprob_diff", None)
+        if self.fresh:
+            values["logprob_diff"] = float(self.sums["logprob_diff"]) / self.fresh
+        if self.config.loss.name == "cross_entropy":
+            values.pop("clip_fraction", None)
+        elif self.tokens:
+            values["ratio_max"] = float(self.ratio_max)
+        return {"loss": float(self.loss), **{name: value for name, value in values.items() if math.isfinite(value)}}
+
+
+class Learner:
+    """The compute of a trainer. Blocking; for one thread."""
+
+    def __init__(self, decoder: Decoder, store: AdapterStore, device: torch.device, token_budget: int) -> None:
+        self._decoder, self._store, self._device, self._token_budget = decoder, store, device, token_budget
+        self._canary = torch.tensor(canary_tokens(decoder.head.shape[0]), device=device)
+        self.base_canary = self._canary_logprob(None)
+
+    def forward_backward(self, adapters: Sequence[Adapter], batches: Sequence[TrainBatch]) -> list[dict[str, float]]:
+        """Adds to the adapters' gradients; returns each one's metrics. Where a loss is not finite, `Adapter.fault` says so, and
+        that adapter's gradient is not for use. At most as many adapters as the store's device tier holds."""
+        tallies = [Tally(adapter.config) for adapter in adapters]
+        with self._store.hold([adapter.name for adapter in adapters]) as held:
+            try:
+                for slabs in held:
+                    if slabs.gradient is None:
+                        slabs.gradient = torch.zeros_like(slabs.master)
+                leaves = [adapter.layout.leaves(s.weights, s.gradient) for adapter, s in zip(adapters, held, strict=True)]
+                for pieces in plan(batches, self._token_budget):
+                    self._launch(pieces, adapters, batches, leaves, tallies)
+            except BaseException:  # half a gradient is none: what failed may be tried again
+                for slabs in held:
+                    slabs.gradient = None
+                raise
+        return [tally.metrics() for tally in tallies]
+
+    def optim_step(self, adapter: Adapter) -> dict[str, float]:
+        """Clip, step, drop the gradient. Where loss or gradient is not finite, `Adapter.fault` says so and nothing else has
+        changed; otherwise the adapter has its next version."""
+        settings = adapter.config.optimizer
+        step = adapter.ref.version + 1
+        lr = learning_rate(settings, adapter.ref.version, adapter.config.num_steps)
+        with self._store.hold([adapter.name]) as (slabs,):
+            gradient, slabs.gradient = slabs.gradient, None
+            if adapter.fault or gradient is None:
+                adapter.fault = adapter.fault or f"adapter {adapter.name!r} holds no gradient to step with"
+                return {"learning_rate": lr}
+            rule = (settings.betas, settings.eps, settings.weight_decay, settings.max_grad_norm)
+            norm = adamw_step(*slabs.state, gradient, slabs.weights, step, lr, *rule)
+        if not math.isfinite(norm):
+            adapter.fault = f"gradient of {adapter.ref} is not finite: its norm is {norm}"
+            return {"learning_rate": lr}
+        adapter.ref = replace(adapter.ref, version=step)
+        return {"learning_rate": lr, "grad_norm": norm}
+
+    def score(self, adapter: Adapter, batch: TrainBatch) -> Scores:
+        """Log-probabilities of the masked tokens under the adapter and under the base."""
+        scores = Scores(np.zeros(len(batch.tokens), np.float32), np.zeros(len(batch.tokens), np.float32))
+        with torch.no_grad(), self._store.hold([adapter.name]) as (slabs,):
+            leaves = adapter.layout.leaves(slabs.weights, None)
+            for pieces in plan([batch], self._token_budget):
+                (piece,) = pieces  # of one batch
+                scores.logprobs[piece.sources] = self._logprobs(pieces, [adapter], [leaves])[0][0].cpu().numpy()
+                scores.base_logprobs[piece.sources] = self._logprobs(pieces, [adapter], None)[0][0].cpu().numpy()
+        return scores
+
+    def canary(self, adapter: Adapter, slabs: Slabs) -> float:
+        """The canary's log-probability under these weights, temperature 1."""
+        lora = LoraBatch.build([0, len(self._canary) - 1], [adapter.config.lora.scale], [adapter.layout.views(slabs.weights)])
+        return self._canary_logprob(lora)
+
+    @torch.no_grad()
+    def _canary_logprob(self, lora: LoraBatch | None) -> float:
+        inputs, targets = self._canary[:-1], self._canary[1:]
+        hidden = self._decoder(inputs, [0, len(inputs)], lora)
+        logprobs, _ = token_logprobs(hidden, self._decoder.head, targets, torch.ones(len(targets), device=self._device))
+        return float(logprobs.double().sum())
+
+    def _launch(
+        self,
+        pieces: Sequence[Piece],
+        adapters: Sequence[Adapter],
+        batches: Sequence[TrainBatch],
+        leaves: Sequence[Mapping[str, LoraPair]],
+        tallies: Sequence[Tally],
+    ) -> None:
+        base = self._base_logprobs(pieces, adapters)
+        logprobs, entropies = self._logprobs(pieces, adapters, leaves)
+        losses = []
+        for piece, own, entropy in zip(pieces, logprobs, entropies, strict=True):
+            adapter, batch = adapters[piece.adapter], batches[piece.adapter]
+            tokens = self._loss_tokens(piece, adapter, own, base.get(piece.adapter))
+            max_tokens = adapter.config.sampling.max_tokens
+            result = adapter_loss(adapter.config.loss, tokens, Denominators(batch.loss_tokens, batch.loss_rows, max_tokens))
+            fresh = piece.versions == adapter.ref.version
+            index = torch.from_numpy(np.flatnonzero(fresh)).to(self._device)
+            tallies[piece.adapter].add(result, tokens, entropy, index, int(fresh.sum()))
+            losses.append(result.loss)
+        finite = torch.isfinite(torch.stack([loss.detach() for loss in losses])).tolist()
+        for piece, loss, good in zip(pieces, losses, finite, strict=True):
+            if not good:
+                adapter = adapters[piece.adapter]
+                adapter.fault = f"loss of {adapter.ref} ({adapter.config.loss.name}) is not finite: {float(loss.detach())}"
+        whole = [loss for loss, good in zip(losses, finite, strict=True) if good]
+        if whole:
+            torch.stack(whole).sum().backward()
+
+    def _logprobs(
+        self, pieces: Sequence[Piece], adapters: Sequence[Adapter], leaves: Sequence[Mapping[str, LoraPair]] | None
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """-> log-probabilities [P] and entropies [P] of each piece. leaves None: under the base alone."""
+        launch = Launch.join(pieces, self._device)
+        lora = None
+        if leaves is not None:
+            scales = [adapters[piece.adapter].config.lora.scale for piece in pieces]
+            lora = LoraBatch.build(launch.token_offsets, scales, [leaves[piece.adapter] for piece in pieces])
+        hidden = self._decoder(launch.tokens, launch.row_offsets, lora).index_select(0, launch.positions)
+        temperatures = torch.tensor([adapters[piece.adapter].config.sampling.temperature for piece in pieces])
+        temperature = temperatures.repeat_interleave(torch.tensor(launch.loss_tokens)).to(self._device)
+        logprobs, entropy = token_logprobs(hidden, self._decoder.head, launch.targets, temperature)
+        return logprobs.split(launch.loss_tokens), entropy.split(launch.loss_tokens)
+
+    @torch.no_grad()
+    def _base_logprobs(self, pieces: Sequence[Piece], adapters: Sequence[Adapter]) -> dict[int, Tensor]:
+        """The base's log-probabilities [P], by index of those adapters alone that have a KL term."""
+        wanted = [piece for piece in pieces if adapters[piece.adapter].config.loss.kl_coefficient > 0]
+        if not wanted:
+            return {}
+        logprobs, _ = self._logprobs(wanted, adapters, None)
+        return {piece.adapter: own for piece, own in zip(wanted, logprobs, strict=True)}
+
+    def _loss_tokens(self, piece: Piece, adapter: Adapter, logprobs: Tensor, base_logprobs: Tensor | None) -> LossTokens:
+        staleness = np.where(piece.versions == UNSAMPLED, 0, adapter.ref.version - piece.versions).astype(np.float32)
+        arrays = (piece.sampler_logprobs, piece.advantages, piece.rows, piece.row_tokens, staleness)
+        return LossTokens(logprobs, *(torch.from_numpy(array).to(self._device) for array in arrays), base_logprobs)
+
+
+def learning_rate(settings: OptimizerConfig, version: int, num_steps: int) -> float:
+    """Of the step that makes version + 1. Linear warm-up over warmup_steps, whose first step is not 0; then constant, or linear
+    or half a cosine down to 0 after num_steps."""
+    if version < settings.warmup_steps:
+        return settings.learning_rate * (version + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    done = min(1.0, (version - settings.warmup_steps) / max(1, num_steps - settings.warmup_steps))
+    share = 1 - done if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return settings.learning_rate * share
