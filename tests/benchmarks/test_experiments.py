@@ -1,0 +1,176 @@
+"""The arithmetic of benchmarks/experiments.py, and what every committed result must say of itself."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+from weft.configs.schema import ClusterConfig, Config, ModelConfig, RunConfig
+from weft.pipeline.events import GroupSampled, LaunchEnded, Phase, PhaseChanged, PipelineStatistics, PoolStatistics, StepTaken
+from weft.pipeline.interfaces import Pools
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """benchmarks/experiments.py as a module."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        yield importlib.import_module("experiments")
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def simulation():
+    """The pools in virtual time of the pipeline's own tests."""
+    spec = importlib.util.spec_from_file_location("weft_simulation", ROOT / "tests" / "pipeline" / "simulation.py")
+    module = sys.modules.setdefault("weft_simulation", importlib.util.module_from_spec(spec))
+    if not hasattr(module, "simulate"):
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def result(benchmark, simulation, tmp_path_factory):
+    """(policies, their numbers) of four experiments on simulated pools: no durations but the mean ones."""
+    folder = tmp_path_factory.mktemp("experiments")
+    adapters = tuple(
+        simulation.adapter_config(f"a.{i}", num_steps=3 + i, batch_size=8, group_size=4, max_staleness=i % 3) for i in range(4)
+    )
+    config = Config(RunConfig(dir=str(folder)), ModelConfig(), ClusterConfig(), adapters)
+    policies = simulation.run_virtual(lambda: both(benchmark, simulation, config))
+    benchmark.check(policies, adapters)
+    return policies, {name: benchmark.measure(policy) for name, policy in policies.items()}
+
+
+async def both(benchmark, simulation, config):
+    world = simulation.World(random.Random(0), capacity=64, train_seconds=1.0, spread=False)
+    samplers, trainers = simulation.SimulatedSamplers(world), simulation.SimulatedTrainers(world)
+    pools = Pools(samplers, trainers, simulation.SimulatedSync(world, samplers, trainers))
+    return await benchmark.run_both(config, pools)
+
+
+def pool(busy_seconds: float, load: float = 0.5) -> PoolStatistics:
+    return PoolStatistics(capacity=8, in_flight=0, waiting=0, load=load, busy=0.0, busy_seconds=busy_seconds)
+
+
+def pipeline(time: float, busy_seconds: float, load: float = 0.5) -> PipelineStatistics:
+    return PipelineStatistics(time, {}, pool(busy_seconds, load), pool(busy_seconds, load))
+
+
+def step(time: float, adapter: str, seconds: float = 1.0) -> StepTaken:
+    return StepTaken(
+        time, adapter, 0, 1, 1, 0.5, 0.1, (0, 1), 1, 8, 1.0, 0.0, 100, 200, seconds, 0.0, seconds, 0.0
+    )  # fmt: skip
+
+
+def test_experiment_times_are_of_the_ends_since_the_policy_began(benchmark):
+    policy = benchmark.Policy("serial")
+    for begun, name, length in ((0.0, "a.serial", 10.0), (10.0, "b.serial", 20.0), (30.0, "c.serial", 6.0)):
+        observe = policy.observer(begun)
+        observe(GroupSampled(2.0, name, 0, 0.5, 0, 8, 100, False))
+        observe(GroupSampled(2.0, name, 0, 0.0, 0, 8, 100, True))
+        observe(LaunchEnded(4.0, 1.5, {name: 200}))
+        observe(step(5.0, name))
+        observe(PhaseChanged(length, name, Phase.FINISHED))
+        policy.pipelines.append(pipeline(length, length / 2))
+    measured = benchmark.measure(policy)
+    assert measured["ends"] == {"a": 10.0, "b": 30.0, "c": 36.0}
+    assert measured["first_experiment_time"] == 10.0
+    assert measured["mean_experiment_time"] == pytest.approx(76.0 / 3)
+    assert measured["final_experiment_time"] == 36.0
+    assert measured["rollout_time"] == {"median": 1.5, "p10": 1.5, "p90": 1.5, "count": 3}, "held-out rollouts are not counted"
+    assert measured["step_time"]["median"] == 2.0 and measured["launch_time"]["median"] == 1.5
+    assert measured["tokens_sampled"] == 300 and measured["tokens_trained_per_second"] == pytest.approx(600 / 36)
+    assert measured["pools"]["samplers"]["busy"] == pytest.approx(0.5)
+    assert measured["max_staleness_seen"] == 1 and measured["adapters_per_launch"] == 1.0
+
+
+def test_busy_shares_weigh_each_pipeline_by_its_time(benchmark):
+    shares = benchmark.share([(10.0, pool(10.0, load=1.0)), (30.0, pool(0.0, load=0.0))])
+    assert shares == {"busy": 0.25, "load": 0.25, "capacity": 8}
+
+
+def test_a_ratio_above_one_says_that_together_is_sooner(benchmark):
+    names = ("first_experiment_time", "mean_experiment_time", "final_experiment_time")
+    told = benchmark.ratios({"serial": dict.fromkeys(names, 30.0), "together": dict.fromkeys(names, 10.0)})
+    assert [told[name]["value"] for name in names] == [3.0, 3.0, 3.0]
+    assert {entry["baseline"] for entry in told.values()} == {"serial"}
+
+
+def test_serial_experiments_never_overlap_and_joint_ones_do(result):
+    policies, measured = result
+    serial = list(measured["serial"]["ends"].items())
+    assert [name for name, _ in serial] == ["a.0", "a.1", "a.2", "a.3"]
+    for (_, end), (name, _) in zip(serial, serial[1:], strict=False):
+        own = [e.start for e in policies["serial"].events if isinstance(e, GroupSampled) and e.adapter == f"{name}.serial"]
+        assert min(own) >= end
+    assert measured["serial"]["adapters_per_launch"] == 1.0
+    assert measured["together"]["adapters_per_launch"] > 1.5
+    assert measured["together"]["final_experiment_time"] < measured["serial"]["final_experiment_time"]
+
+
+def test_both_policies_do_the_same_work(result):
+    _, measured = result
+    assert measured["serial"]["steps"] == measured["together"]["steps"] == 3 + 4 + 5 + 6
+    assert measured["serial"]["tokens_sampled"] == measured["together"]["tokens_sampled"]
+    assert measured["serial"]["ends"].keys() == measured["together"]["ends"].keys()
+
+
+def test_times_add_up_over_the_pipelines_of_a_policy(result, benchmark):
+    policies, measured = result
+    whole = benchmark.merged(policies["serial"].pipelines)
+    assert whole.time >= measured["serial"]["final_experiment_time"]
+    assert len(whole.adapters) == 4 and whole.staleness_violations == 0
+    assert whole.trainers.busy == pytest.approx(measured["serial"]["pools"]["trainers"]["busy"])
+    trained = sum(event.seconds for event in policies["serial"].events if isinstance(event, LaunchEnded))
+    assert whole.trainers.busy_seconds == pytest.approx(trained, rel=0.05)
+
+
+def test_an_experiment_that_did_not_finish_is_no_number(result, benchmark, simulation):
+    policies, _ = result
+    adapters = [simulation.adapter_config("another")]
+    with pytest.raises(SystemExit, match="another"):
+        benchmark.check(policies, adapters)
+
+
+def test_a_spread_is_median_and_outer_deciles(benchmark):
+    assert benchmark.spread(list(range(101))) == {"median": 50, "p10": 10.0, "p90": 90.0, "count": 101}
+    assert benchmark.spread([3.0]) == {"median": 3.0, "p10": 3.0, "p90": 3.0, "count": 1}
+    assert benchmark.spread([])["count"] == 0
+
+
+def test_a_result_without_its_hardware_is_refused(benchmark, tmp_path):
+    record = importlib.import_module("record")
+    whole = dict.fromkeys(record.REQUIRED, "x") | {"hardware": record.hardware(), "versions": record.versions(["numpy"])}
+    record.write_result(tmp_path / "x.json", whole)
+    assert json.loads((tmp_path / "x.json").read_text()) == whole
+    with pytest.raises(ValueError, match=r"lacks commit, hardware\.cpu"):
+        record.write_result(tmp_path / "y.json", {**whole, "commit": "", "hardware": {"cores": 2}})
+    assert not (tmp_path / "y.json").exists()
+
+
+def test_the_smoke_form_asks_for_less_and_for_known_settings(benchmark, monkeypatch, tmp_path):
+    monkeypatch.setattr("weft.actors.preflight.preflight", lambda config: None)
+    config = benchmark.prepare([], True, str(tmp_path))
+    assert len(config.adapters) == benchmark.SMOKE_ADAPTERS and {adapter.num_steps for adapter in config.adapters} == {4}
+    assert len(benchmark.prepare(["every.num_steps=2"], False, str(tmp_path)).adapters) == 8
+
+
+def test_every_committed_result_says_what_it_was_measured_on(benchmark):
+    check_result = importlib.import_module("record").check_result
+    for path in sorted((ROOT / "benchmarks" / "results").glob("**/*.json")):
+        result = json.loads(path.read_text())
+        check_result(result)
+        if result["benchmark"] == "experiments":
+            assert set(result["policies"]) == set(benchmark.POLICIES)
+            assert result["ratios"] == benchmark.ratios(result["policies"])
+            assert all(policy["staleness_violations"] == 0 for policy in result["policies"].values())
