@@ -42,7 +42,7 @@ from weft.pipeline.staleness import StalenessGate, staleness
 from weft.transport.errors import AdapterFault, InstallError, PeerDiedError
 from weft.transport.messages import Group, TrainBatch
 
-MAX_DEATHS = 5  # of one group's samplers, or of a trainer between two steps of one adapter: then it is no accident
+MAX_DEATHS = 5  # of samplers under one group, or of a trainer under one adapter between two steps: more are no accident
 Groups = asyncio.Queue[asyncio.Task[Group | None]]
 
 
@@ -218,13 +218,13 @@ class Pipeline:
         """Wait for a trainer to begin a new lineage on. Who learns of the death first tells all: they lost their state too."""
         reason = next(leaves(died))
         if not isinstance(adapter.fault, PeerDiedError):
+            adapter.deaths += 1
+            if adapter.deaths > MAX_DEATHS:
+                raise reason
             self._journal.warn("", f"a trainer died, its adapters go back to their last checkpoints: {reason}")
             for other in self._adapters.values():
                 if other is not adapter:
                     other.interrupt(PeerDiedError(str(reason)))
-        adapter.deaths += 1
-        if adapter.deaths > MAX_DEATHS:
-            raise reason
         adapter.progress = replace(adapter.progress, rollbacks=adapter.progress.rollbacks + 1)
         self._enter(adapter, Phase.ROLLING_BACK)
         await self._pools.trainers.wait_ready()

@@ -51,7 +51,7 @@ class LoadMeter:
         self._busy_seconds += passed if self.in_flight else 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Waiter:
     rollouts: int
     ticket: int
@@ -102,9 +102,9 @@ class FairShare:
         try:
             await waiter.granted
         except asyncio.CancelledError:
-            if waiter.granted.done() and not waiter.granted.cancelled():  # granted and cancelled in the same moment
+            if not waiter.granted.cancelled():  # granted and cancelled in the same moment
                 self._give_back(name, rollouts)
-            else:
+            elif waiter in self._waiting.get(name, ()):  # else `_grant` saw that it was cancelled before this task did
                 self._remove(name, waiter)
             raise
 
@@ -113,9 +113,10 @@ class FairShare:
             name = min(self._waiting, key=lambda name: (self._in_flight[name], self._waiting[name][0].ticket))
             waiter = self._waiting[name][0]
             self._remove(name, waiter)
-            self._in_flight[name] += waiter.rollouts
-            self._meter.change(waiter.rollouts, self._capacity())
-            waiter.granted.set_result(None)
+            if not waiter.granted.cancelled():
+                self._in_flight[name] += waiter.rollouts
+                self._meter.change(waiter.rollouts, self._capacity())
+                waiter.granted.set_result(None)
 
     def _give_back(self, name: str, rollouts: int) -> None:
         self._meter.change(-rollouts, self._capacity())

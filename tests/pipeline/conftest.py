@@ -282,7 +282,7 @@ def simulation() -> ModuleType:
     return sys.modules[name]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def memory_folder() -> Iterator[Path]:
     """A folder where `fsync` costs nothing, if the machine has one: for tests that are not about the disk."""
     memory = Path("/dev/shm")

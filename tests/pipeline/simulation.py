@@ -1,0 +1,409 @@
+"""The pipeline's world in virtual time: an event loop whose clock jumps, and three pools that sleep, die and check the laws.
+
+A deadlock (nobody can go on and no timer is set) raises Deadlock at once. The pools assert what must hold: no token
+is older than its adapter's bound (law 1, computed here anew), a name means one set of weights (law 2), a rollout names only a
+version that every sampler acknowledged (law 3), a launch is alone and takes each adapter's very next step, nothing in flight
+exceeds its bound (law 10).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import random
+import selectors
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from weft.configs.schema import AdapterConfig, LossConfig, RunConfig, TrainerConfig
+from weft.pipeline.events import Event, PipelineStatistics
+from weft.pipeline.interfaces import Pools
+from weft.pipeline.run import Pipeline
+from weft.transport.errors import AdapterFault, PeerDiedError
+from weft.transport.messages import (
+    UNSAMPLED,
+    AdapterRef,
+    Distributed,
+    Group,
+    Sample,
+    Saved,
+    StepResult,
+    StepResults,
+    TrainBatch,
+)
+
+T = TypeVar("T")
+
+
+class Deadlock(AssertionError):
+    """Nobody can go on."""
+
+
+class _JumpingSelector(selectors.SelectSelector):
+    """Waits by moving the clock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        if timeout is None:
+            raise Deadlock("; ".join(sorted(str(task.get_coro()) for task in asyncio.all_tasks(asyncio.get_running_loop()))))
+        self.now += timeout
+        return []
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """Virtual time; what goes to a thread elsewhere is done at once here."""
+
+    def __init__(self) -> None:
+        self._jumping = _JumpingSelector()
+        super().__init__(self._jumping)
+
+    def time(self) -> float:
+        return self._jumping.now
+
+    def run_in_executor(self, executor: Executor | None, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:  # type: ignore[override]
+        done: asyncio.Future[T] = self.create_future()
+        try:
+            done.set_result(function(*arguments))
+        except BaseException as error:  # noqa: BLE001 as a thread would hand it over
+            done.set_exception(error)
+        return done
+
+
+def run_virtual(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run `main()` to its end in virtual time."""
+    loop = VirtualLoop()
+    try:
+        return loop.run_until_complete(main())
+    except Deadlock:
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        raise
+    finally:
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+@dataclass
+class World:
+    """What the simulated pools share, and what they saw."""
+
+    random: random.Random
+    configs: dict[str, AdapterConfig] = field(default_factory=dict)
+    capacity: int = 16
+    rollout_seconds: float = 1.0
+    train_seconds: float = 1.0
+    sync_seconds: float = 0.1
+    spread: bool = True  # False: every duration is its mean
+    restart_seconds: float = 3.0
+    count_places: bool = True
+    acknowledged: set[AdapterRef] = field(default_factory=set)
+    running: Counter[str] = field(default_factory=Counter)  # groups on the samplers
+    rollouts: int = 0
+    trained: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)  # prompts of each step, by version
+    ages: dict[str, list[int]] = field(default_factory=dict)
+    launches: list[tuple[str, ...]] = field(default_factory=list)
+    names: dict[AdapterRef, str] = field(default_factory=dict)  # law 2: what each name once meant
+    reward: Callable[[str, int], float] = lambda name, prompt_index: random.random()
+    loss_fault: Callable[[AdapterRef], bool] = lambda ref: False
+
+    def duration(self, mean: float) -> float:
+        """Exponential with this mean, or just that."""
+        return mean * self.random.expovariate(1.0) if self.spread else mean
+
+    async def pause(self, mean: float) -> None:
+        """Take `mean` seconds on average."""
+        await asyncio.sleep(self.duration(mean))
+
+
+class Process:
+    """Something that dies: calls in flight raise PeerDiedError, and it is back after a while, empty."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.deaths = 0
+        self.ready = asyncio.Event()
+        self.ready.set()
+        self._calls: set[asyncio.Future[None]] = set()
+
+    async def work(self, mean: float) -> None:
+        """Be busy; raises PeerDiedError if it dies meanwhile or is dead."""
+        if not self.ready.is_set():
+            raise PeerDiedError("it is being restarted")
+        died: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._calls.add(died)
+        try:
+            async with asyncio.timeout(self.world.duration(mean)):
+                await died
+        except TimeoutError:
+            pass
+        finally:
+            self._calls.discard(died)
+
+    async def die(self) -> None:
+        """Die, and come back later."""
+        if not self.ready.is_set():
+            return
+        self.deaths += 1
+        self.ready.clear()
+        for call in self._calls:
+            if not call.done():
+                call.set_exception(PeerDiedError("killed"))
+        await self.world.pause(self.world.restart_seconds)
+        self.ready.set()
+
+
+class SimulatedSamplers:
+    """Samplers of one process."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.process = Process(world)
+        self.added: set[str] = set()
+
+    @property
+    def capacity(self) -> int:
+        return self.world.capacity
+
+    async def wait_ready(self) -> None:
+        await self.process.ready.wait()
+
+    async def add(self, config: AdapterConfig, lineage: int) -> int | None:
+        self.world.configs[config.name] = config
+        self.added.add(config.name)
+        await asyncio.sleep(0)
+        return None
+
+    async def drop(self, name: str) -> None:
+        self.added.discard(name)
+        self.world.acknowledged = {ref for ref in self.world.acknowledged if ref.name != name}
+
+    async def rollout(self, ref: AdapterRef, prompt_index: int, group_size: int, held_out: bool = False) -> Group:
+        world, config = self.world, self.world.configs[ref.name]
+        assert ref in world.acknowledged, f"law 3: {ref} is not installed"
+        assert ref.name in self.added
+        assert world.rollouts < world.capacity, "work for a full pool"
+        world.running[ref.name] += 1
+        world.rollouts += group_size
+        bound = max((config.max_staleness + 1) * config.groups_per_step, config.eval_prompts)
+        assert world.running[ref.name] <= bound or not world.count_places, "law 10: more groups than places"
+        try:
+            await self.process.work(world.rollout_seconds)
+        finally:
+            world.running[ref.name] -= 1
+            world.rollouts -= group_size
+        try:
+            rewards = [world.reward(ref.name, prompt_index) for _ in range(group_size)]
+        except ArithmeticError as error:
+            raise AdapterFault("the reward raised", type(error).__name__, "Traceback of the sampler") from None
+        samples = tuple(_sample(prompt_index, ref.version, reward) for reward in rewards)
+        return Group(ref, prompt_index, samples)
+
+
+def _sample(prompt_index: int, version: int, reward: float) -> Sample:
+    versions = np.array([UNSAMPLED, version, version], dtype=np.int32)
+    tokens = np.array([prompt_index, 1, 2], dtype=np.int32)  # a prompt token that names the prompt
+    return Sample(tokens, versions, np.zeros(3, dtype=np.float32), reward, metrics={"length": 2.0})
+
+
+@dataclass
+class Weights:
+    """A stand-in for one adapter's: `digest` says which steps made them."""
+
+    lineage: int
+    version: int
+    digest: str
+
+
+class SimulatedTrainers:
+    """One trainer."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.process = Process(world)
+        self.held: dict[str, tuple[int, Weights]] = {}  # with the life of the process in which it was added
+        self.stepping = False
+
+    async def wait_ready(self) -> None:
+        await self.process.ready.wait()
+
+    async def add(self, config: AdapterConfig, lineage: int) -> None:
+        await self.process.work(0.01)
+        if not self._has(config.name):
+            self.held[config.name] = (self.process.deaths, Weights(lineage, 0, ""))
+
+    async def drop(self, name: str) -> None:
+        assert not self.stepping or name not in self.world.launches[-1], "dropped under a launch"
+        self.held.pop(name, None)
+
+    async def step(self, batches: Sequence[TrainBatch]) -> StepResults:
+        assert not self.stepping, "two launches at once"
+        for batch in batches:
+            self._weights(batch.ref)
+        self.stepping = True
+        self.world.launches.append(tuple(batch.ref.name for batch in batches))
+        try:
+            await self.process.work(self.world.train_seconds)
+        finally:
+            self.stepping = False
+        return StepResults(tuple(self._train(batch) for batch in batches), self.world.train_seconds)
+
+    def _train(self, batch: TrainBatch) -> StepResult:
+        ref, config = batch.ref, self.world.configs[batch.ref.name]
+        if self.world.loss_fault(ref):
+            return StepResult(ref, len(batch.tokens), {}, "the loss is nan")
+        weights = self._weights(ref)
+        prompts = tuple(int(token) for token in batch.tokens[batch.offsets[:-1]][:: config.group_size])
+        oldest = int(batch.versions[batch.mask].min()) if batch.mask.any() else ref.version
+        assert ref.version - oldest <= config.max_staleness, f"law 1: {ref} trains a token of version {oldest}"
+        self.world.ages.setdefault(ref.name, []).append(ref.version - oldest)
+        steps = self.world.trained.setdefault(ref.name, [])
+        del steps[ref.version :]  # done again after a rollback
+        steps.append(prompts)
+        weights.version += 1
+        weights.digest = hashlib.sha256(f"{weights.digest}{prompts}".encode()).hexdigest()
+        return StepResult(ref, len(batch.tokens), {"loss": 0.5})
+
+    async def save(self, ref: AdapterRef, folder: str) -> Saved:
+        weights = self._weights(ref)
+        await self.process.work(0.05)
+        text = json.dumps({"version": weights.version, "digest": weights.digest})
+        (Path(folder) / "weights.json").write_text(text)
+        return Saved({"weights.json": hashlib.sha256(text.encode()).hexdigest()})
+
+    async def load(self, ref: AdapterRef, folder: str) -> None:
+        await self.process.work(0.05)
+        assert self._has(ref.name), "load before add"
+        saved = json.loads((Path(folder) / "weights.json").read_text())
+        assert saved["version"] == ref.version
+        self.held[ref.name] = (self.process.deaths, Weights(ref.lineage, ref.version, saved["digest"]))
+
+    async def export(self, ref: AdapterRef, folder: str) -> None:
+        digest = self._weights(ref).digest
+        await self.process.work(0.05)
+        (Path(folder) / "adapter.json").write_text(json.dumps({"ref": str(ref), "digest": digest}))
+
+    def weights(self, ref: AdapterRef) -> Weights:
+        """For the parameter sync."""
+        return self._weights(ref)
+
+    def _has(self, name: str) -> bool:
+        return name in self.held and self.held[name][0] == self.process.deaths
+
+    def _weights(self, ref: AdapterRef) -> Weights:
+        if not self._has(ref.name):
+            raise PeerDiedError(f"{ref.name}: the trainer that held it died")
+        weights = self.held[ref.name][1]
+        assert (weights.lineage, weights.version) == (ref.lineage, ref.version), f"{ref} is not {weights}"
+        return weights
+
+
+class SimulatedSync:
+    """Installs on several samplers, one after the other."""
+
+    def __init__(self, world: World, samplers: SimulatedSamplers, trainers: SimulatedTrainers) -> None:
+        self.world, self.samplers, self.trainers = world, samplers, trainers
+
+    async def publish(self, ref: AdapterRef, supersedes: AdapterRef | None) -> Distributed:
+        digest = self.trainers.weights(ref).digest
+        assert self.world.names.setdefault(ref, digest) == digest, f"law 2: {ref} named other weights before"
+        assert supersedes is None or supersedes in self.world.acknowledged
+        await self.trainers.process.work(0.02)  # the slab
+        await self.world.pause(self.world.sync_seconds)
+        await self.samplers.wait_ready()
+        self.world.acknowledged.add(ref)
+        if supersedes is not None:
+            self.world.acknowledged.discard(supersedes)
+        return Distributed(0.0, 0.0, 0.0)
+
+
+@dataclass
+class Outcome:
+    """One simulated run."""
+
+    world: World
+    statistics: PipelineStatistics
+    events: list[Event]
+
+
+class Simulation:
+    """Pools and a pipeline in the running loop."""
+
+    def __init__(self, world: World, folder: Path, token_budget: int = 10_000, checkpoint_every: int = 2) -> None:
+        self.world = world
+        self.events: list[Event] = []
+        self.samplers = SimulatedSamplers(world)
+        self.trainers = SimulatedTrainers(world)
+        self.sync = SimulatedSync(world, self.samplers, self.trainers)
+        pools = Pools(self.samplers, self.trainers, self.sync)
+        settings = RunConfig(dir=str(folder), checkpoint_every=checkpoint_every)
+        self.pipeline = Pipeline(settings, TrainerConfig(token_budget=token_budget), pools, [self.events.append])
+
+    async def run(
+        self, configs: Sequence[AdapterConfig], beside: Callable[[Simulation], Coroutine[Any, Any, None]] | None = None
+    ) -> Outcome:
+        """Run the pipeline, with `beside` beside it until it ends."""
+        async with asyncio.TaskGroup() as tasks:
+            disturbing = tasks.create_task(beside(self)) if beside else None
+            statistics = await self.pipeline.run(configs)
+            if disturbing:
+                disturbing.cancel()
+        return Outcome(self.world, statistics, self.events)
+
+
+def adapter_config(name: str, **settings: Any) -> AdapterConfig:
+    """A small one. The KL term keeps every row in its batch, so that the trainer sees every prompt."""
+    known = {"num_steps": 6, "batch_size": 4, "group_size": 2, "max_staleness": 1, "eval_prompts": 0}
+    return AdapterConfig(name=name, **{**known, "loss": LossConfig(kl_coefficient=0.1), **settings})
+
+
+def simulate(
+    world: World,
+    folder: Path,
+    configs: Sequence[AdapterConfig],
+    beside: Callable[[Simulation], Coroutine[Any, Any, None]] | None = None,
+    **settings: Any,
+) -> Outcome:
+    """One run in virtual time, from nothing or from what `folder` holds."""
+    return run_virtual(lambda: _main(world, folder, configs, beside, settings))
+
+
+async def _main(world: World, folder: Path, configs: Any, beside: Any, settings: dict[str, Any]) -> Outcome:
+    return await Simulation(world, folder, **settings).run(configs, beside)
+
+
+def random_world(seed: int) -> tuple[World, list[AdapterConfig]]:
+    """A world and adapters as wild as the settings allow."""
+    chance = random.Random(seed)
+    configs = []
+    for i in range(chance.randint(1, 6)):
+        group_size, per_step = chance.randint(2, 4), chance.randint(1, 4)
+        configs.append(
+            adapter_config(
+                f"a{i}",
+                num_steps=chance.randint(1, 8),
+                group_size=group_size,
+                batch_size=group_size * per_step,
+                max_staleness=chance.randint(0, 3),
+                eval_prompts=chance.choice([0, 0, 5]),
+            )
+        )
+    world = World(
+        random.Random(seed + 1),
+        capacity=chance.randint(1, 24),
+        rollout_seconds=10 ** chance.uniform(-1, 1),
+        train_seconds=10 ** chance.uniform(-1, 1),
+        sync_seconds=10 ** chance.uniform(-2, 0.5),
+        restart_seconds=chance.uniform(0.1, 5),
+    )
+    return world, configs

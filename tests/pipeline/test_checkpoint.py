@@ -1,0 +1,242 @@
+"""Checkpoints on the real disk: cut, altered, killed at any instant."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from weft.configs.schema import AdapterConfig, EnvironmentConfig, LoraConfig, OptimizerConfig
+from weft.pipeline.adapter import Progress
+from weft.pipeline.checkpoint import MANIFEST, PIPELINE, Checkpoints, check_resume, verify
+from weft.transport.errors import CheckpointError
+
+CONFIG = AdapterConfig(name="a", environment=EnvironmentConfig(settings={"digits": 3, "nested": {"x": [1, 2]}}))
+
+
+def write(checkpoints, version, lineage=0, config=CONFIG):
+    """A checkpoint whose tensors say which version they are."""
+    folder = checkpoints.begin()
+    data = f"weights {lineage} {version}".encode() * 50
+    files = {"masters.bin": data, "moments/0.bin": data[::-1]}
+    (folder / "moments").mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    progress = Progress(lineage=lineage, version=version, prompts=version * 8, rewards=tuple([0.1] * version))
+    return checkpoints.commit(config, progress, sums)
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    return Checkpoints(str(tmp_path), "a", keep=2)
+
+
+def test_what_was_written_is_read_again(checkpoints):
+    path = write(checkpoints, 5)
+    found, said = checkpoints.newest()
+    assert found.folder == path and not said
+    assert found.progress == Progress(version=5, prompts=40, rewards=(0.1,) * 5)
+    assert (path / "masters.bin").read_bytes().startswith(b"weights 0 5")
+
+
+def test_the_newest_of_the_latest_lineage_counts_and_only_some_are_kept(checkpoints):
+    for lineage, version in ((0, 5), (0, 10), (1, 5), (1, 6)):
+        write(checkpoints, version, lineage)
+    found, _ = checkpoints.newest()
+    assert (found.progress.lineage, found.progress.version) == (1, 6)
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["00001-00000005", "00001-00000006"]
+
+
+def test_nothing_there_is_nothing_found(checkpoints):
+    assert checkpoints.newest() == (None, [])
+    assert checkpoints.peek() is None
+
+
+@pytest.mark.parametrize("name", ["masters.bin", "moments/0.bin", MANIFEST, PIPELINE])
+@pytest.mark.parametrize("damage", ["cut", "altered", "gone", "empty", "longer"])
+def test_a_damaged_checkpoint_is_set_aside_and_said_and_the_one_before_is_used(checkpoints, name, damage):
+    write(checkpoints, 5)
+    path = write(checkpoints, 10) / name
+    content = path.read_bytes()
+    middle = len(content) // 2
+    if damage == "gone":
+        path.unlink()
+    else:
+        altered = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        path.write_bytes({"cut": content[:middle], "altered": altered, "empty": b"", "longer": content + b"0"}[damage])
+    found, said = checkpoints.newest()
+    assert found.progress.version == 5
+    assert len(said) == 1 and str(path) in said[0] and "the one before it is used" in said[0]
+    assert checkpoints.newest()[1] == []  # said once
+    write(checkpoints, 11, lineage=1)  # and it does not count among those kept
+    assert (checkpoints.folder / "00000-00000005").exists()
+
+
+def test_every_single_altered_byte_is_noticed(checkpoints):
+    path = write(checkpoints, 1)
+    chance = random.Random(0)
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        content = file.read_bytes()
+        for at in chance.sample(range(len(content)), 20):
+            file.write_bytes(content[:at] + bytes([content[at] ^ (1 << chance.randrange(8))]) + content[at + 1 :])
+            try:
+                assert verify(path).progress == Progress(version=1, prompts=8, rewards=(0.1,))  # white space of ours, at most
+                assert file.name in (MANIFEST, PIPELINE)
+            except CheckpointError:
+                pass
+        file.write_bytes(content)
+    verify(path)
+
+
+def test_a_file_that_is_not_what_the_trainer_wrote_is_refused_and_the_older_stay(checkpoints):
+    write(checkpoints, 5)
+    folder = checkpoints.begin()
+    (folder / "masters.bin").write_bytes(b"short")
+    with pytest.raises(CheckpointError, match="masters.bin: not what the trainer wrote"):
+        checkpoints.commit(CONFIG, Progress(version=6), {"masters.bin": hashlib.sha256(b"whole").hexdigest()})
+    assert checkpoints.newest()[0].progress.version == 5
+
+
+def test_what_an_interrupted_write_leaves_is_no_checkpoint(checkpoints):
+    write(checkpoints, 5)
+    (checkpoints.begin() / "masters.bin").write_bytes(b"half")
+    assert checkpoints.newest()[0].progress.version == 5
+    write(checkpoints, 10)
+    assert checkpoints.newest()[0].progress.version == 10
+
+
+def test_a_lineage_is_never_used_twice(checkpoints):
+    taken = [checkpoints.next_lineage()]
+    assert taken == [0]
+    write(checkpoints, 5)
+    taken += [checkpoints.next_lineage(), checkpoints.next_lineage()]  # the second after a kill before any checkpoint
+    shutil.rmtree(checkpoints.folder / "00000-00000005")
+    taken.append(checkpoints.next_lineage())
+    (checkpoints.folder / "lineage.json").write_text("{")
+    taken.append(checkpoints.next_lineage())
+    assert taken == sorted(set(taken))
+
+
+def test_a_finished_adapter_is_remembered_until_it_is_to_go_further(checkpoints):
+    progress = Progress(version=30, eval_base=0.25, eval_final=0.75, peft_path="x", rewards=(0.5,) * 30)
+    assert checkpoints.finished(CONFIG) is None
+    write(checkpoints, 30)
+    checkpoints.finish(CONFIG, progress)
+    assert checkpoints.finished(CONFIG) == progress
+    assert checkpoints.finished(replace(CONFIG, num_steps=40)) is None
+    path = checkpoints.folder / "finished.json"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert checkpoints.finished(CONFIG) is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "setting"),
+    [
+        (replace(CONFIG, max_staleness=2), "adapters.a.max_staleness=2: must be 1"),
+        (replace(CONFIG, lora=LoraConfig(rank=4)), "adapters.a.lora.rank=4: must be 8"),
+        (replace(CONFIG, optimizer=OptimizerConfig(betas=(0.5, 0.9))), "adapters.a.optimizer.betas="),
+        (replace(CONFIG, environment=EnvironmentConfig(settings={"digits": 4})), "adapters.a.environment.settings.digits=4"),
+        (replace(CONFIG, num_steps=10), "adapters.a.num_steps=10: must be 30"),
+    ],
+)
+def test_a_run_resumed_under_another_setting_is_refused_by_name(checkpoints, tmp_path, changed, setting):
+    check_resume(str(tmp_path), changed)  # nothing there yet
+    write(checkpoints, 5)
+    check_resume(str(tmp_path), CONFIG)
+    check_resume(str(tmp_path), replace(CONFIG, num_steps=60))
+    with pytest.raises(ValueError) as caught:
+        check_resume(str(tmp_path), changed)
+    assert str(caught.value).startswith(setting) and "run.fresh=true" in str(caught.value)
+
+
+STEPS = [
+    (os, "replace"),
+    (os, "fsync"),
+    (shutil, "rmtree"),
+    (Path, "write_text"),
+    (Path, "write_bytes"),
+    (Path, "mkdir"),
+    (hashlib, "file_digest"),
+]
+
+
+def write_for_ever(folder, say, die_at):
+    """What a run does, until it is killed: by itself before step `die_at` of those that touch the disk (-1: by others)."""
+    calls = 0
+
+    def deadly(function):
+        def wrapped(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            if calls == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+
+        return wrapped
+
+    for owner, name in STEPS:
+        setattr(owner, name, deadly(getattr(owner, name)))
+    checkpoints = Checkpoints(folder, "a", keep=2)
+    found, _ = checkpoints.newest()
+    lineage, version = checkpoints.next_lineage(), found.progress.version if found else -1
+    while True:
+        version += 1
+        write(checkpoints, version, lineage)
+        os.write(say, f"{version}\n".encode())  # from here on it must not be lost
+
+
+def killed_writer(folder, die_at, seconds=0.0):
+    """The versions that a child of this process told of before it was killed."""
+    hear, say = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            write_for_ever(str(folder), say, die_at)
+        finally:
+            os._exit(1)  # never back into pytest
+    os.close(say)
+    with os.fdopen(hear) as told:
+        versions = []
+        if die_at < 0:
+            versions.append(int(told.readline()))
+            time.sleep(seconds)  # the instant is what is random here; no outcome depends on it
+            os.kill(child, signal.SIGKILL)
+        versions += [int(line) for line in told]
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    return versions
+
+
+def surviving_version(folder, told):
+    """The version found after a death, which must be the last one told of, or the one after that (complete, not yet told)."""
+    found, damaged = Checkpoints(str(folder), "a", keep=2).newest()
+    assert not damaged
+    version = found.progress.version if found else -1
+    assert version in (max(told, default=-1), max(told, default=-1) + 1)
+    if found:
+        assert (found.folder / "masters.bin").read_bytes().endswith(f" {version}".encode())
+    return version
+
+
+def test_kill_9_before_any_step_on_the_disk_leaves_what_was_complete(memory_folder):
+    reached = set()
+    for die_at in range(1, 91):
+        folder = memory_folder / str(die_at)
+        folder.mkdir()
+        reached.add(surviving_version(folder, killed_writer(folder, die_at)))
+    assert {-1, 0, 1, 2, 3} <= reached  # far enough for the older ones to be removed
+
+
+def test_kill_9_at_random_instants_loses_nothing_that_was_complete(tmp_path):
+    chance, reached = random.Random(0), -1
+    for _ in range(12):  # each goes on from what the one before left
+        told = killed_writer(tmp_path, -1, chance.uniform(0.0, 0.05))
+        assert told[0] == reached + 1
+        reached = surviving_version(tmp_path, told)

@@ -1,0 +1,336 @@
+"""The pipeline in virtual time: hundreds of worlds with random durations and deaths; the simulated pools assert the laws."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from weft.configs.schema import LossConfig
+from weft.pipeline import run as run_module
+from weft.pipeline.events import AdapterFailed, CheckpointWritten, LaunchEnded, Phase, StepTaken, Warned
+from weft.pipeline.run import Pipeline
+from weft.pipeline.staleness import StalenessError, StalenessGate
+from weft.transport.errors import InstallError
+
+SEEDS = 25  # a block
+
+
+def deaths(seed):
+    """Kills samplers and trainer a few times, at random moments of the run."""
+
+    async def beside(simulated):
+        chance = random.Random(seed)
+        world = simulated.world
+        pace = world.rollout_seconds + world.train_seconds + world.sync_seconds + world.restart_seconds
+        for _ in range(chance.randint(1, 6)):
+            await asyncio.sleep(chance.expovariate(1 / (4 * pace)))
+            await chance.choice([simulated.samplers.process, simulated.trainers.process]).die()
+
+    return beside
+
+
+def in_order(config):
+    """The prompts of every step when training is first in, first out and nothing is lost or done twice."""
+    per_step = config.groups_per_step
+    return [tuple(range(step * per_step, (step + 1) * per_step)) for step in range(config.num_steps)]
+
+
+@pytest.mark.parametrize("block", range(6))
+def test_staleness_never_exceeds_each_adapters_own_bound(simulation, memory_folder, block):
+    for seed in range(block * SEEDS, (block + 1) * SEEDS):
+        world, configs = simulation.random_world(seed)
+        outcome = simulation.simulate(world, memory_folder / str(seed), configs)
+        for config in configs:
+            adapter = outcome.statistics.adapters[config.name]
+            assert adapter.phase is Phase.FINISHED
+            assert adapter.version == config.num_steps
+            assert adapter.max_staleness_seen == max(world.ages[config.name]) <= config.max_staleness
+            assert world.trained[config.name] == in_order(config)
+        assert outcome.statistics.staleness_violations == 0
+
+
+@pytest.mark.parametrize("block", range(6))
+def test_all_adapters_finish_in_order_whatever_dies(simulation, memory_folder, block):
+    for seed in range(1000 + block * SEEDS, 1000 + (block + 1) * SEEDS):
+        world, configs = simulation.random_world(seed)
+        outcome = simulation.simulate(world, memory_folder / str(seed), configs, deaths(seed))
+        for config in configs:
+            adapter = outcome.statistics.adapters[config.name]
+            assert (adapter.phase, adapter.version) == (Phase.FINISHED, config.num_steps)
+            assert world.trained[config.name] == in_order(config)
+            assert adapter.max_staleness_seen <= config.max_staleness
+
+
+@pytest.mark.parametrize("bound", [1, 2, 3])
+def test_the_staleness_bound_is_reached(simulation, memory_folder, bound):
+    config = simulation.adapter_config("a", max_staleness=bound, num_steps=8)
+    world = simulation.World(random.Random(0), capacity=1000, rollout_seconds=0.1, train_seconds=5.0, spread=False)
+    outcome = simulation.simulate(world, memory_folder, [config])
+    assert outcome.statistics.adapters["a"].max_staleness_seen == bound
+
+
+def beyond_bound(simulation, folder):
+    """How many of some worlds of the staleness test end because a group was too old."""
+    caught = 0
+    for seed in range(40):
+        world, configs = simulation.random_world(seed)
+        world.count_places = False  # the mutations break law 10 too: let them come to law 1
+        try:
+            simulation.simulate(world, folder / str(seed), configs)
+        except* StalenessError:
+            caught += 1
+    return caught
+
+
+class WideGate(StalenessGate):
+    """The mutation: one place too many."""
+
+    def __init__(self, groups_per_step, max_staleness):
+        super().__init__(groups_per_step, max_staleness)
+        self.places += 1
+
+
+class EarlyGate(StalenessGate):
+    """The mutation: places come back when a version is sent, not when it is installed."""
+
+    def release(self, groups):
+        pass
+
+    release_early = StalenessGate.release
+
+
+def test_a_gate_with_one_place_too_many_is_caught(simulation, memory_folder, monkeypatch):
+    monkeypatch.setattr(run_module, "StalenessGate", WideGate)
+    assert beyond_bound(simulation, memory_folder) > 0
+
+
+def test_a_release_before_the_install_is_caught(simulation, memory_folder, monkeypatch):
+    publish = Pipeline._publish
+
+    async def publish_after_release(self, adapter):
+        if adapter.gate is not None:
+            adapter.gate.release_early(adapter.config.groups_per_step)
+        return await publish(self, adapter)
+
+    monkeypatch.setattr(run_module, "StalenessGate", EarlyGate)
+    monkeypatch.setattr(Pipeline, "_publish", publish_after_release)
+    assert beyond_bound(simulation, memory_folder) > 0
+
+
+def test_many_strictly_on_policy_adapters_keep_both_pools_full(simulation, memory_folder):
+    configs = [simulation.adapter_config(f"a{i}", max_staleness=0, num_steps=20) for i in range(16)]
+    world = simulation.World(random.Random(0), capacity=8, rollout_seconds=1.0, train_seconds=1.0, sync_seconds=0.02)
+    outcome = simulation.simulate(world, memory_folder, configs, token_budget=24, checkpoint_every=100)
+    assert min(outcome.statistics.samplers.busy, outcome.statistics.trainers.busy) > 0.9
+    assert outcome.statistics.samplers.load > 0.8
+    assert {age for ages in world.ages.values() for age in ages} == {0}
+
+
+def test_one_strictly_on_policy_adapter_leaves_pools_idle(simulation, memory_folder):
+    world = simulation.World(random.Random(0), capacity=4, train_seconds=1.0, spread=False)
+    outcome = simulation.simulate(world, memory_folder, [simulation.adapter_config("a", max_staleness=0)])
+    assert outcome.statistics.samplers.busy + outcome.statistics.trainers.busy < 1.0
+
+
+def test_a_reward_that_raises_ends_its_adapter_alone(simulation, memory_folder):
+    def reward(name, prompt_index):
+        return 1 / 0 if name == "a1" and prompt_index == 5 else prompt_index % 2
+
+    configs = [simulation.adapter_config(f"a{i}") for i in range(3)]
+    outcome = simulation.simulate(simulation.World(random.Random(0), reward=reward), memory_folder, configs)
+    phases = {name: adapter.phase for name, adapter in outcome.statistics.adapters.items()}
+    assert phases == {"a0": Phase.FINISHED, "a1": Phase.FAILED, "a2": Phase.FINISHED}
+    assert "Traceback of the sampler" in outcome.statistics.adapters["a1"].traceback
+    (failed,) = [event for event in outcome.events if isinstance(event, AdapterFailed)]
+    assert (failed.adapter, failed.reason) == ("a1", "the reward raised")
+
+
+def test_a_reward_that_is_not_finite_ends_its_adapter_alone(simulation, memory_folder):
+    world = simulation.World(random.Random(0), reward=lambda name, prompt: float("nan") if name == "a0" else 1.0)
+    outcome = simulation.simulate(world, memory_folder, [simulation.adapter_config(f"a{i}") for i in range(2)])
+    assert outcome.statistics.adapters["a0"].phase is Phase.FAILED
+    assert "reward nan" in outcome.statistics.adapters["a0"].traceback
+    assert outcome.statistics.adapters["a1"].phase is Phase.FINISHED
+
+
+def test_a_loss_that_is_not_finite_ends_its_adapter_alone(simulation, memory_folder):
+    world = simulation.World(random.Random(0), loss_fault=lambda ref: ref.name == "a0" and ref.version == 3)
+    outcome = simulation.simulate(world, memory_folder, [simulation.adapter_config(f"a{i}") for i in range(3)])
+    assert outcome.statistics.adapters["a0"].phase is Phase.FAILED
+    assert outcome.statistics.adapters["a0"].version == 3
+    assert "the loss is nan" in outcome.statistics.adapters["a0"].traceback
+    assert outcome.statistics.adapters["a1"].phase is outcome.statistics.adapters["a2"].phase is Phase.FINISHED
+
+
+def test_a_version_that_cannot_be_installed_ends_its_adapter_alone(simulation, memory_folder, monkeypatch):
+    publish = simulation.SimulatedSync.publish
+
+    async def refuse(self, ref, supersedes):
+        if ref.name == "a0" and ref.version == 2:
+            raise InstallError("it samples as the base does")
+        return await publish(self, ref, supersedes)
+
+    monkeypatch.setattr(simulation.SimulatedSync, "publish", refuse)
+    world = simulation.World(random.Random(0))
+    outcome = simulation.simulate(world, memory_folder, [simulation.adapter_config(f"a{i}") for i in range(2)])
+    assert outcome.statistics.adapters["a0"].phase is Phase.FAILED
+    assert outcome.statistics.adapters["a1"].phase is Phase.FINISHED
+
+
+def test_a_fault_of_ours_ends_the_run(simulation, memory_folder):
+    def reward(name, prompt_index):
+        if name == "a1" and prompt_index == 5:
+            raise KeyError("a bug")
+        return prompt_index % 2
+
+    configs = [simulation.adapter_config(f"a{i}") for i in range(3)]
+    with pytest.raises(BaseExceptionGroup) as caught:
+        simulation.simulate(simulation.World(random.Random(0), reward=reward), memory_folder, configs)
+    assert {type(leaf) for leaf in run_module.leaves(caught.value)} == {KeyError}
+
+
+def test_a_trainer_that_always_dies_ends_the_run(simulation, memory_folder):
+    async def beside(simulated):
+        while True:
+            await asyncio.sleep(0.5)
+            await simulated.trainers.process.die()
+
+    world = simulation.World(random.Random(0), train_seconds=100.0, rollout_seconds=0.1, restart_seconds=0.1, spread=False)
+    with pytest.raises(BaseExceptionGroup) as caught:
+        simulation.simulate(world, memory_folder, [simulation.adapter_config("a")], beside)
+    assert "killed" in str(list(run_module.leaves(caught.value)))
+
+
+def test_a_prompt_that_always_kills_its_sampler_ends_its_adapter(simulation, memory_folder):
+    async def beside(simulated):
+        while True:
+            await asyncio.sleep(1.0)
+            await simulated.samplers.process.die()
+
+    world = simulation.World(random.Random(0), rollout_seconds=100.0, restart_seconds=0.1, spread=False)
+    outcome = simulation.simulate(world, memory_folder, [simulation.adapter_config("a")], beside)
+    assert outcome.statistics.adapters["a"].phase is Phase.FAILED
+    assert "5 samplers died of prompt" in outcome.statistics.adapters["a"].traceback
+
+
+def test_a_trainers_death_rolls_back_its_adapters_under_a_new_lineage(simulation, memory_folder):
+    async def beside(simulated):
+        await asyncio.sleep(9.5)
+        await simulated.trainers.process.die()
+
+    world = simulation.World(random.Random(0), rollout_seconds=0.3, train_seconds=0.7, spread=False)
+    configs = [simulation.adapter_config(f"a{i}", num_steps=20) for i in range(3)]
+    outcome = simulation.simulate(world, memory_folder, configs, beside)
+    for config in configs:
+        steps = [event for event in outcome.events if isinstance(event, StepTaken) and event.adapter == config.name]
+        assert {step.lineage for step in steps} == {0, 1}
+        first = next(step for step in steps if step.lineage == 1)
+        assert (first.version - 1) % 2 == 0 and first.version > 1  # from its newest checkpoint, not from nothing
+        assert outcome.statistics.adapters[config.name].rollbacks == 1
+        assert world.trained[config.name] == in_order(config)
+    assert any("a trainer died" in event.message for event in outcome.events if isinstance(event, Warned))
+
+
+def test_adapters_join_and_leave_a_running_pipeline(simulation, memory_folder):
+    async def beside(simulated):
+        await asyncio.sleep(5.0)
+        simulated.pipeline.join(simulation.adapter_config("late", num_steps=4))
+        with pytest.raises(ValueError, match="late"):
+            simulated.pipeline.join(simulation.adapter_config("late", num_steps=4))
+        await simulated.pipeline.leave("early")
+        assert simulated.pipeline.statistics().adapters["early"].phase is Phase.LEFT
+        assert "early" not in simulated.samplers.added
+        assert "early" not in simulated.trainers.held
+
+    world = simulation.World(random.Random(0))
+    configs = [simulation.adapter_config("early", num_steps=500), simulation.adapter_config("other", num_steps=20)]
+    outcome = simulation.simulate(world, memory_folder, configs, beside)
+    early, late = outcome.statistics.adapters["early"], outcome.statistics.adapters["late"]
+    assert late.phase is outcome.statistics.adapters["other"].phase is Phase.FINISHED
+    assert 0 < early.version < 500
+    written = [event.version for event in outcome.events if isinstance(event, CheckpointWritten) and event.adapter == "early"]
+    assert written[-1] == early.version
+    assert (memory_folder / "adapters" / "early" / "adapter.json").exists()
+
+
+def test_an_adapter_that_left_goes_on_when_it_joins_again(simulation, memory_folder):
+    config = simulation.adapter_config("a", num_steps=30)
+
+    async def beside(simulated):
+        await asyncio.sleep(8.0)
+        await simulated.pipeline.leave("a")
+        assert 0 < simulated.pipeline.statistics().adapters["a"].version < 30
+        simulated.pipeline.join(config)
+
+    world = simulation.World(random.Random(0))
+    other = simulation.adapter_config("other", num_steps=60)
+    outcome = simulation.simulate(world, memory_folder, [config, other], beside)
+    assert outcome.statistics.adapters["a"].phase is Phase.FINISHED
+    assert world.trained["a"] == in_order(config)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_joins_leaves_and_deaths_at_any_moment_disturb_nobody_else(simulation, memory_folder, seed):
+    async def beside(simulated):
+        chance, names = random.Random(seed), list(simulated.world.configs)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(deaths(seed)(simulated))
+            for i in range(4):
+                await asyncio.sleep(chance.expovariate(1 / 5))
+                simulated.pipeline.join(simulation.adapter_config(f"late{i}", max_staleness=i % 3))
+                names.append(f"late{i}")
+                await asyncio.sleep(chance.expovariate(1 / 5))
+                await simulated.pipeline.leave(names.pop(chance.randrange(len(names))))
+
+    world, configs = simulation.random_world(seed)
+    configs = [*configs, simulation.adapter_config("steady", num_steps=40)]
+    outcome = simulation.simulate(world, memory_folder, configs, beside)
+    assert all(adapter.phase in (Phase.FINISHED, Phase.LEFT) for adapter in outcome.statistics.adapters.values())
+    assert outcome.statistics.adapters["steady"].version == 40 or outcome.statistics.adapters["steady"].phase is Phase.LEFT
+
+
+def test_rows_without_an_advantage_still_make_steps(simulation, memory_folder):
+    world = simulation.World(random.Random(0), reward=lambda name, prompt: 1.0)
+    config = simulation.adapter_config("a", loss=LossConfig())
+    outcome = simulation.simulate(world, memory_folder, [config])
+    assert outcome.statistics.adapters["a"].version == config.num_steps
+    assert outcome.statistics.adapters["a"].tokens_trained == 0
+    assert outcome.statistics.adapters["a"].tokens_sampled == config.num_steps * config.batch_size * 2
+
+
+def test_held_out_prompts_are_evaluated_before_and_after(simulation, memory_folder):
+    world = simulation.World(random.Random(0), reward=lambda name, prompt: 0.25)
+    config = simulation.adapter_config("a", eval_prompts=7)
+    adapter = simulation.simulate(world, memory_folder, [config]).statistics.adapters["a"]
+    assert adapter.eval_base == adapter.eval_final == 0.25
+
+
+def test_ready_adapters_share_launches(simulation, memory_folder):
+    configs = [simulation.adapter_config(f"a{i}") for i in range(6)]
+    world = simulation.World(random.Random(0), capacity=100, rollout_seconds=0.5, train_seconds=2.0)
+    outcome = simulation.simulate(world, memory_folder, configs)
+    launches = [event for event in outcome.events if isinstance(event, LaunchEnded)]
+    assert len(launches) < sum(config.num_steps for config in configs) / 2
+
+
+def test_the_pipeline_runs_under_uvloop(simulation, memory_folder):
+    uvloop = pytest.importorskip("uvloop")
+    world = simulation.World(random.Random(0), rollout_seconds=0.001, train_seconds=0.001, sync_seconds=0.001)
+    configs = [simulation.adapter_config(f"a{i}", eval_prompts=3) for i in range(3)]
+
+    async def main():
+        return await simulation.Simulation(world, memory_folder).run(configs)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        outcome = runner.run(main())
+    assert all(adapter.phase is Phase.FINISHED for adapter in outcome.statistics.adapters.values())
+
+
+def test_a_deadlock_fails_at_once(simulation):
+    async def main():
+        await asyncio.Event().wait()
+
+    with pytest.raises(simulation.Deadlock, match="main"):
+        simulation.run_virtual(main)

@@ -1,0 +1,249 @@
+"""Fair shares of the samplers and shared trainer launches, in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from weft.pipeline.schedule import FairShare, StepScheduler
+from weft.transport.errors import PeerDiedError
+from weft.transport.messages import AdapterRef, StepResult, StepResults, TrainBatch
+
+
+def batch(name, tokens):
+    none = np.zeros(0, np.float32)
+    return TrainBatch(AdapterRef(name, 0, 0), np.zeros(tokens, np.int32), none, none, none, none, none, none, 0, 0)
+
+
+class Trainer:
+    """Takes a second a launch."""
+
+    def __init__(self, dies_at=()):
+        self.launches = []
+        self.running = False
+        self.dies_at = dies_at
+
+    async def step(self, batches):
+        assert not self.running, "one launch at a time"
+        self.running = True
+        self.launches.append([item.ref.name for item in batches])
+        await asyncio.sleep(1.0)
+        self.running = False
+        if len(self.launches) in self.dies_at:
+            raise PeerDiedError("killed")
+        return StepResults(tuple(StepResult(item.ref, len(item.tokens), {}) for item in batches), 1.0)
+
+
+def scheduled(simulation, submissions, token_budget, trainer=None):
+    """Submit (time, name, tokens); returns the trainer, and by name the result and its time."""
+    trainer, done = trainer or Trainer(), {}
+
+    async def one(scheduler, time, name, tokens):
+        await asyncio.sleep(time)
+        try:
+            stepped = await scheduler.submit(batch(name, tokens))
+        except PeerDiedError as error:
+            done[name] = (error, asyncio.get_running_loop().time())
+        else:
+            done[name] = (stepped, asyncio.get_running_loop().time())
+
+    async def main():
+        async with asyncio.TaskGroup() as tasks:
+            scheduler = StepScheduler(trainer, token_budget, tasks, asyncio.get_running_loop().time)
+            for submission in submissions:
+                tasks.create_task(one(scheduler, *submission))
+
+    simulation.run_virtual(main)
+    return trainer, done
+
+
+def test_all_that_are_ready_at_once_share_a_launch(simulation):
+    trainer, _ = scheduled(simulation, [(0, "a", 5), (0, "b", 5), (0, "c", 5)], 100)
+    assert trainer.launches == [["a", "b", "c"]]
+
+
+def test_those_that_come_while_a_launch_runs_gather_for_the_next(simulation):
+    trainer, done = scheduled(simulation, [(0, "a", 5), (0.2, "b", 5), (0.7, "c", 5)], 100)
+    assert trainer.launches == [["a"], ["b", "c"]]
+    assert done["b"][0].queue_seconds == pytest.approx(0.8)
+    assert done["c"][0].train_seconds == pytest.approx(1.0)
+
+
+def test_a_launch_keeps_the_token_budget_and_a_bigger_batch_goes_alone(simulation):
+    trainer, _ = scheduled(simulation, [(0, "a", 6), (0, "huge", 50), (0, "b", 4), (0, "c", 1)], 10)
+    assert trainer.launches == [["a", "b"], ["huge"], ["c"]]
+
+
+def test_the_oldest_batch_is_in_every_launch(simulation):
+    chance = random.Random(0)
+    submissions = [(chance.uniform(0, 20), f"a{i}", chance.randint(0, 15)) for i in range(200)]
+    trainer, done = scheduled(simulation, submissions, 10)
+    tokens = {name: size for _, name, size in submissions}
+    waiting = [name for _, name, _ in sorted(submissions)]
+    for launch in trainer.launches:
+        assert launch[0] == waiting[0]
+        assert sum(tokens[name] for name in launch) <= 10 or len(launch) == 1
+        waiting = [name for name in waiting if name not in launch]
+    assert not waiting and len(done) == 200
+
+
+def test_a_death_fails_the_launch_and_all_that_wait_and_nothing_later(simulation):
+    submissions = [(0, "a", 5), (0.5, "b", 5), (0.6, "c", 5), (3.0, "later", 5)]
+    trainer, done = scheduled(simulation, submissions, 100, Trainer(dies_at={1}))
+    assert [name for name in done if isinstance(done[name][0], PeerDiedError)] == ["a", "b", "c"]
+    assert done["later"][1] == 4.0
+    assert trainer.launches == [["a"], ["later"]]
+
+
+def test_a_batch_that_is_cancelled_does_not_go_to_the_trainer(simulation):
+    trainer = Trainer()
+
+    async def main():
+        async with asyncio.TaskGroup() as tasks:
+            scheduler = StepScheduler(trainer, 10, tasks, asyncio.get_running_loop().time)
+            tasks.create_task(scheduler.submit(batch("a", 1)))
+            await asyncio.sleep(0.5)
+            waiting = tasks.create_task(scheduler.submit(batch("b", 1)))
+            await asyncio.sleep(0.1)
+            waiting.cancel()
+
+    simulation.run_virtual(main)
+    assert trainer.launches == [["a"]]
+
+
+async def sample(share, name, size, seconds, order, running, ticket=None):
+    async with share.places(name, size, share.ticket() if ticket is None else ticket):
+        order.append(name)
+        running[name] += size
+        await asyncio.sleep(seconds)
+        running[name] -= size
+
+
+def test_the_next_place_goes_to_the_adapter_with_the_least_in_flight(simulation):
+    order, running = [], Counter()
+
+    async def main():
+        share = FairShare(lambda: 4, asyncio.get_running_loop().time)
+        async with asyncio.TaskGroup() as tasks:
+            for name in ["a"] * 6 + ["b"] * 2 + ["c"] * 2:
+                tasks.create_task(sample(share, name, 1, 10.0 if name == "a" else 1.0, order, running))
+
+    simulation.run_virtual(main)
+    assert order[:4] == ["a"] * 4  # alone, it has them all
+    assert order[4:] == ["b", "c", "a", "a", "b", "c"]  # fewest in flight, then longest waiting
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_shares_are_work_conserving_and_bounded(simulation, seed):
+    chance = random.Random(seed)
+    capacity, sizes = chance.randint(1, 20), {f"a{i}": chance.randint(1, 6) for i in range(chance.randint(2, 6))}
+    running = Counter()
+
+    async def client(share, name, seconds):
+        for _ in range(30):
+            async with share.places(name, sizes[name], share.ticket()):
+                running[name] += sizes[name]
+                assert sum(running.values()) < capacity + max(sizes.values())
+                assert share.statistics().in_flight < capacity + max(sizes.values())
+                await asyncio.sleep(chance.expovariate(1.0) * seconds)
+                running[name] -= sizes[name]
+
+    async def watch(share):
+        while True:
+            await asyncio.sleep(0.05)
+            statistics = share.statistics()
+            assert not statistics.waiting or statistics.in_flight >= capacity
+
+    async def main():
+        share = FairShare(lambda: capacity, asyncio.get_running_loop().time)
+        async with asyncio.TaskGroup() as tasks:
+            watching = tasks.create_task(watch(share))
+            async with asyncio.TaskGroup() as clients:
+                for name in sizes:
+                    seconds = chance.uniform(0.1, 5)
+                    for _ in range(chance.randint(1, 10)):
+                        clients.create_task(client(share, name, seconds))
+            watching.cancel()
+            assert share.statistics().in_flight == share.statistics().waiting == 0
+
+    simulation.run_virtual(main)
+
+
+def test_an_adapter_that_floods_the_samplers_does_not_starve_another(simulation):
+    order, running, waited = [], Counter(), []
+
+    async def flood(share, tasks):
+        for _ in range(2000):
+            tasks.create_task(sample(share, "flood", 8, 1.0, order, running))
+
+    async def small(share):
+        for _ in range(50):
+            began = asyncio.get_running_loop().time()
+            async with share.places("small", 1, share.ticket()):
+                waited.append(asyncio.get_running_loop().time() - began)
+                await asyncio.sleep(0.3)
+
+    async def main():
+        share = FairShare(lambda: 16, asyncio.get_running_loop().time)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(flood(share, tasks))
+            tasks.create_task(small(share))
+
+    simulation.run_virtual(main)
+    assert max(waited) <= 1.0
+
+
+def test_a_group_done_again_keeps_its_turn(simulation):
+    order = []
+
+    async def main():
+        share = FairShare(lambda: 1, asyncio.get_running_loop().time)
+        tickets = [share.ticket() for _ in range(4)]
+        async with asyncio.TaskGroup() as tasks:
+            for i in (3, 1, 2, 0):
+
+                async def one(i=i):
+                    async with share.places("a", 1, tickets[i]):
+                        order.append(i)
+                        await asyncio.sleep(1)
+
+                tasks.create_task(one())
+
+    simulation.run_virtual(main)
+    assert order == [3, 0, 1, 2]  # 3 found the place free
+
+
+def test_a_waiter_that_is_cancelled_at_any_moment_keeps_no_place(simulation):
+    async def main():
+        share = FairShare(lambda: 1, asyncio.get_running_loop().time)
+        order, running = [], Counter()
+        for turns in range(6):
+            async with asyncio.TaskGroup() as tasks:
+                holder = tasks.create_task(sample(share, "a", 1, 1.0, order, running))
+                await asyncio.sleep(0)
+                doomed = tasks.create_task(sample(share, "b", 1, 1.0, order, running))
+                await asyncio.sleep(0)
+                holder.cancel()
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                doomed.cancel()
+            assert share.statistics().in_flight == share.statistics().waiting == 0
+
+    simulation.run_virtual(main)
+
+
+def test_busy_shares_are_integrals_over_time(simulation):
+    async def main():
+        share = FairShare(lambda: 4, asyncio.get_running_loop().time)
+        await asyncio.sleep(2)
+        async with share.places("a", 2, share.ticket()):
+            await asyncio.sleep(2)
+            assert share.in_flight("a") == 2
+        statistics = share.statistics()
+        assert (statistics.load, statistics.busy, statistics.busy_seconds) == (0.25, 0.5, 2.0)
+
+    simulation.run_virtual(main)
