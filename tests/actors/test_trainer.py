@@ -1,0 +1,579 @@
+"""The laws of the trainer, over messages: joint equals solo, nobody touches anybody, what is saved goes on to the bit."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from weft.actors.lora import LoraBatch, init_pairs
+from weft.actors.model import Decoder, load_model, save_model
+from weft.actors.peft_folder import read_peft_folder
+from weft.actors.trainer import Trainer
+from weft.configs.expand import to_mapping
+from weft.configs.schema import AdapterConfig, LoraConfig, LossConfig, OptimizerConfig, SamplingConfig, TrainerConfig
+from weft.transport import messages
+from weft.transport.errors import CheckpointError
+from weft.transport.messages import UNSAMPLED, AdapterRef, StepResult, TrainBatch
+
+torch.set_num_threads(1)
+VOCAB = 61
+MODEL = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+FAST = OptimizerConfig(learning_rate=1e-2)
+MIXED = (
+    AdapterConfig(name="one", lora=LoraConfig(rank=8), optimizer=FAST),
+    AdapterConfig(
+        name="two",
+        lora=LoraConfig(rank=3, alpha=7.0, target_modules=("q_proj", "down_proj")),
+        optimizer=OptimizerConfig(learning_rate=3e-3, betas=(0.8, 0.99), weight_decay=0.1, max_grad_norm=0.01),
+        loss=LossConfig(name="gspo", kl_coefficient=0.1),
+        sampling=SamplingConfig(temperature=0.7),
+    ),
+    AdapterConfig(
+        name="three",
+        lora=LoraConfig(rank=1, target_modules=("all-linear",), exclude_modules=("qkv_proj",)),
+        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup_steps=2),
+        loss=LossConfig(name="cross_entropy"),
+    ),
+    AdapterConfig(
+        name="four",
+        lora=LoraConfig(rank=16, target_modules=("model.layers.1.self_attn.v_proj",)),
+        optimizer=FAST,
+        loss=LossConfig(name="cispo", normalization="sequence", correction="tis", correction_cap=1.1),
+    ),
+)
+Make = Callable[..., "Bench"]
+
+
+class Bench:
+    """A trainer, asked synchronously."""
+
+    def __init__(self, base: Path, folder: Path, adapters: Sequence[AdapterConfig], dtype: str, **settings: int) -> None:
+        self.folder = folder
+        self.trainer = Trainer(str(base), dtype, TrainerConfig(**settings), str(folder), str(folder / "slabs"))
+        asyncio.run(self.trainer.start())
+        for config in adapters:
+            self.ask(messages.AddAdapter(to_mapping(config)))
+
+    def ask(self, message: Any) -> Any:
+        return asyncio.run(self.trainer.handle(message))
+
+    def step(self, *batches: TrainBatch) -> dict[str, StepResult]:
+        results = self.ask(messages.TrainStep(batches)).results
+        assert [result.ref.name for result in results] == [batch.ref.name for batch in batches]
+        return {result.ref.name: result for result in results}
+
+    def state(self, name: str) -> Tensor:
+        with self.trainer._store.hold([name]) as (slabs,):
+            return slabs.state.clone()
+
+    def gradient(self, name: str) -> Tensor:
+        with self.trainer._store.hold([name]) as (slabs,):
+            assert slabs.gradient is not None
+            return slabs.gradient.clone()
+
+    def perturb(self, *names: str) -> None:
+        """Give B values, so that the adapter is not the base and A has a gradient."""
+        for name in names:
+            layout = self.trainer._adapters[name].layout
+            with self.trainer._store.hold([name]) as (slabs,):
+                state = slabs.state.clone()
+                for i, (_, b) in enumerate(layout.views(state[0]).values()):
+                    b.normal_(0, 0.1, generator=torch.Generator().manual_seed(i))
+                slabs.replace_state(state)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    decoder, generator = Decoder(MODEL), torch.Generator().manual_seed(1)
+    for name, parameter in decoder.named_parameters():
+        parameter.normal_(1.0 if "norm" in name else 0.0, 0.15, generator=generator)
+    folder = tmp_path_factory.mktemp("base")
+    save_model(decoder, folder)
+    return folder
+
+
+@pytest.fixture
+def make(base: Path, tmp_path: Path) -> Iterator[Make]:
+    made: list[Bench] = []
+
+    def bench(*adapters: AdapterConfig, dtype: str = "float32", **settings: int) -> Bench:
+        made.append(Bench(base, tmp_path / f"trainer-{len(made)}", adapters, dtype, **settings))
+        return made[-1]
+
+    yield bench
+    for one in made:
+        asyncio.run(one.trainer.aclose())
+
+
+def batch(name: str, version: int = 0, rows: int = 6, seed: int = 0, sampled: int | None = None) -> TrainBatch:
+    """Rows of unequal length whose second half is sampled, in two turns with an unsampled token between."""
+    rng = np.random.default_rng([seed, *name.encode()])
+    lengths = rng.integers(6, 15, rows)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    mask = np.concatenate([np.arange(n) >= n // 2 for n in lengths])
+    mask[offsets[1:] - 2] = False
+    tokens = rng.integers(0, VOCAB, offsets[-1]).astype(np.int32)
+    logprobs = np.where(mask, rng.normal(-4.0, 0.5, len(mask)), 0).astype(np.float32)
+    versions = np.where(mask, version if sampled is None else sampled, UNSAMPLED).astype(np.int32)
+    advantages = rng.normal(size=rows).astype(np.float32)
+    groups = (np.arange(rows) // 2).astype(np.int32)
+    counted = int(mask.sum())
+    ref = AdapterRef(name, 0, version)
+    return TrainBatch(ref, tokens, offsets, mask, logprobs, versions, advantages, groups, counted + 5, rows + 1)
+
+
+def near(left: Tensor, right: Tensor, relative: float) -> bool:
+    return float((left - right).norm()) <= relative * float(right.norm())
+
+
+# ---- law 6: joint equals solo, idle is untouched ----
+
+
+def test_adapters_of_different_shape_and_loss_trained_together_equal_each_alone(make: Make) -> None:
+    together = make(*MIXED)
+    together.perturb(*(config.name for config in MIXED))
+    batches = [batch(config.name) for config in MIXED]
+    joint = together.ask(messages.ForwardBackward(tuple(batches))).results
+    for config, one, result in zip(MIXED, batches, joint, strict=True):
+        alone = make(config)
+        alone.perturb(config.name)
+        (solo,) = alone.ask(messages.ForwardBackward((one,))).results
+        assert near(together.gradient(config.name), alone.gradient(config.name), 1e-5)
+        assert result.metrics == pytest.approx(solo.metrics, rel=1e-4, abs=1e-6)
+        alone.ask(messages.OptimStep((config.name,)))
+        together.ask(messages.OptimStep((config.name,)))
+        assert near(together.state(config.name), alone.state(config.name), 1e-5)
+
+
+def test_an_adapter_that_does_not_step_is_unchanged_to_the_bit(make: Make) -> None:
+    bench = make(*MIXED)
+    bench.perturb("one", "two")
+    bench.step(batch("one"), batch("two"))
+    kept = {config.name: bench.state(config.name) for config in MIXED}
+    for version in (1, 2):
+        bench.step(batch("two", version), batch("three", version - 1))
+    for name in ("one", "four"):
+        assert torch.equal(bench.state(name), kept[name])
+    for name in ("two", "three"):
+        assert not torch.equal(bench.state(name), kept[name])
+
+
+def test_the_gradient_is_that_of_a_dense_model_row_by_row(make: Make, base: Path) -> None:
+    """Against a base whose weights have the adapter folded in, one row at a time, the loss written out."""
+    config = replace(MIXED[0], loss=LossConfig(name="importance_sampling"), sampling=SamplingConfig(temperature=1.3))
+    bench = make(config)
+    bench.perturb("one")
+    one = batch("one")
+    bench.ask(messages.ForwardBackward((one,)))
+    layout = bench.trainer._adapters["one"].layout
+    leaf = bench.state("one")[0].requires_grad_()
+    decoder = load_model(base, torch.float32)
+    loss = torch.zeros(())
+    for row in range(len(one.offsets) - 1):
+        here = slice(one.offsets[row], one.offsets[row + 1])
+        tokens, mask = torch.tensor(one.tokens[here]).long(), torch.tensor(one.mask[here])
+        lora = LoraBatch.build([0, len(tokens)], [config.lora.scale], [layout.views(leaf)])
+        logits = decoder(tokens, [0, len(tokens)], lora) @ decoder.head.T / 1.3
+        logprobs = logits[:-1].log_softmax(-1).gather(1, tokens[1:, None]).squeeze(1)
+        ratio = (logprobs - torch.tensor(one.sampler_logprobs[here][1:])).exp()
+        loss = loss - (ratio * float(one.advantages[row]) * mask[1:]).sum() / one.loss_tokens
+    loss.backward()
+    assert leaf.grad is not None
+    assert near(bench.gradient("one"), leaf.grad, 1e-5)
+
+
+def test_launches_under_a_small_token_budget_equal_one_launch(make: Make) -> None:
+    whole, split = make(*MIXED), make(*MIXED, token_budget=17)
+    for version in range(2):
+        batches = [batch(config.name, version) for config in MIXED]
+        left, right = whole.step(*batches), split.step(*batches)
+        for config in MIXED:
+            assert left[config.name].metrics == pytest.approx(right[config.name].metrics, rel=1e-4, abs=1e-6)
+            assert near(split.state(config.name), whole.state(config.name), 1e-5)
+
+
+def test_adapters_beyond_the_device_tier_train_as_if_it_were_large(make: Make) -> None:
+    large, small = make(*MIXED), make(*MIXED, device_adapters=1, host_adapters=1)
+    for version in range(2):
+        for some in (MIXED[:3], MIXED[3:]):
+            batches = [batch(config.name, version) for config in some]
+            large.step(*batches)
+            small.step(*batches)
+    for config in MIXED:
+        assert near(small.state(config.name), large.state(config.name), 1e-5)
+    assert small.ask(messages.GetStatistics()).adapters == {"device": 1, "host": 1, "disk": 2}
+
+
+# ---- law 7: what is per adapter ----
+
+
+def test_clip_schedule_and_bias_correction_are_each_adapters_own(make: Make) -> None:
+    """Each adapter's steps are torch's AdamW on its own gradients; they begin at different times."""
+    bench = make(*MIXED)
+    parameters, optimizers = {}, {}
+    for turn in range(4):
+        active = [config for i, config in enumerate(MIXED) if turn >= i]
+        batches = [batch(config.name, turn - MIXED.index(config)) for config in active]
+        before = {config.name: bench.state(config.name) for config in active}
+        bench.ask(messages.ForwardBackward(tuple(batches)))
+        for config in active:
+            name, settings = config.name, config.optimizer
+            if name not in parameters:
+                parameters[name] = torch.nn.Parameter(before[name][0].clone())
+                rule = {"betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
+                optimizers[name] = torch.optim.AdamW([parameters[name]], **rule)
+            parameters[name].grad = bench.gradient(name)
+            norm = torch.nn.utils.clip_grad_norm_([parameters[name]], settings.max_grad_norm)
+            (result,) = bench.ask(messages.OptimStep((name,))).results
+            assert result.metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+            optimizers[name].param_groups[0]["lr"] = result.metrics["learning_rate"]
+            optimizers[name].step()
+            torch.testing.assert_close(bench.state(name)[0], parameters[name].detach(), rtol=1e-6, atol=1e-6)
+    assert bench.trainer._adapters["one"].ref.version == 4
+    assert bench.trainer._adapters["four"].ref.version == 1
+
+
+def test_the_learning_rate_follows_each_adapters_own_schedule(make: Make) -> None:
+    linear = OptimizerConfig(learning_rate=1.0, schedule="linear", warmup_steps=2)
+    names = {"a": linear, "b": replace(linear, schedule="cosine"), "c": replace(linear, schedule="constant")}
+    bench = make(*(AdapterConfig(name=name, num_steps=6, optimizer=settings) for name, settings in names.items()))
+    seen: dict[str, list[float]] = {name: [] for name in names}
+    for version in range(6):
+        for name, result in bench.step(*(batch(name, version, rows=2) for name in names)).items():
+            seen[name].append(round(result.metrics["learning_rate"], 6))
+    assert seen["a"] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    assert seen["b"] == [0.5, 1.0, 1.0, 0.853553, 0.5, 0.146447]
+    assert seen["c"] == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]
+
+
+def test_denominators_count_rows_that_were_left_out(make: Make) -> None:
+    """Rows of advantage 0, in the batch or not: the same gradient."""
+    kept = batch("one")
+    kept.advantages[2:4] = 0.0
+    start, stop = kept.offsets[2], kept.offsets[4]
+    tokens = {
+        name: np.delete(getattr(kept, name), slice(start, stop)) for name in ("tokens", "mask", "sampler_logprobs", "versions")
+    }
+    rows = {name: np.delete(getattr(kept, name), slice(2, 4)) for name in ("advantages", "groups")}
+    offsets = np.concatenate([kept.offsets[:3], kept.offsets[5:] - (stop - start)])
+    gradients = []
+    for one in (kept, replace(kept, offsets=offsets, **tokens, **rows)):
+        bench = make(MIXED[0])
+        bench.perturb("one")
+        bench.ask(messages.ForwardBackward((one,)))
+        gradients.append(bench.gradient("one"))
+    assert near(gradients[1], gradients[0], 1e-5)
+
+
+# ---- law 5: a fault has one adapter as its blast radius ----
+
+
+@pytest.mark.parametrize("how", ["advantage", "sampler_logprob", "weights"])
+def test_a_loss_that_is_not_finite_stops_its_adapter_alone(make: Make, how: str) -> None:
+    clean, bench = make(*MIXED), make(*MIXED)
+    for one in (clean, bench):
+        one.perturb("one", "two", "four")
+    batches = [batch(config.name) for config in MIXED]
+    expected = clean.step(*batches)
+    broken = batch("two")
+    if how == "advantage":
+        broken.advantages[1] = np.nan
+    if how == "sampler_logprob":
+        broken.sampler_logprobs[np.flatnonzero(broken.mask)[3]] = -np.inf
+    if how == "weights":
+        with bench.trainer._store.hold(["two"]) as (slabs,):
+            slabs.master[::7] = torch.nan
+    kept = bench.state("two")
+    results = bench.step(batches[0], broken, batches[2], batches[3])
+    assert "not finite" in results["two"].fault
+    assert results["two"].ref == broken.ref
+    assert torch.equal(bench.state("two").view(torch.int32), kept.view(torch.int32))
+    for name in ("one", "three", "four"):
+        assert results[name].fault == ""
+        assert results[name].ref.version == 1
+        assert near(bench.state(name), clean.state(name), 1e-6)
+        assert results[name].metrics == pytest.approx(expected[name].metrics, rel=1e-5, abs=1e-7)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_not_kept(make: Make) -> None:
+    bench = make(*MIXED[:2])
+    bench.ask(messages.ForwardBackward((batch("one"), batch("two"))))
+    with bench.trainer._store.hold(["one"]) as (slabs,):
+        slabs.gradient[3] = torch.inf
+    kept = bench.state("one")
+    results = {result.ref.name: result for result in bench.ask(messages.OptimStep(("one", "two"))).results}
+    assert "gradient of one/0/0 is not finite" in results["one"].fault
+    assert torch.equal(bench.state("one"), kept)
+    assert results["two"].fault == ""
+    assert bench.step(batch("one"))["one"].ref.version == 1  # the next gradient starts afresh
+
+
+def test_a_batch_that_must_not_train_is_the_fault_of_its_adapter_alone(make: Make) -> None:
+    bench = make(replace(MIXED[0], max_staleness=1), MIXED[1])
+    for version in range(2):
+        bench.step(batch("one", version), batch("two", version))
+    good = batch("one", 2)
+    first = good.mask.copy()
+    first[0] = True
+    cases = {
+        "has one/0/2": batch("one", 1),
+        "version 0 in a batch for one/0/2: staler than max_staleness=1": batch("one", 2, sampled=0),
+        "token ids from": replace(good, tokens=good.tokens + VOCAB),
+        "first token has a loss": replace(good, mask=first),
+        "loss_tokens=1: must be": replace(good, loss_tokens=1),
+        "offsets must rise": replace(good, offsets=good.offsets[::-1].copy()),
+        "'nobody' is not in this trainer": batch("nobody"),
+    }
+    kept = bench.state("one")
+    for i, (text, bad) in enumerate(cases.items()):
+        results = bench.step(bad, batch("two", 2 + i))
+        assert text in results[bad.ref.name].fault
+        assert results["two"].fault == ""
+        assert results["two"].ref.version == 3 + i
+    assert torch.equal(bench.state("one"), kept)
+    assert bench.step(batch("one", 2, sampled=1))["one"].fault == ""
+
+
+# ---- law 8: cost follows active adapters ----
+
+
+def test_two_hundred_registered_adapters_cost_what_two_do(make: Make) -> None:
+    costs = []
+    for registered in (2, 200):
+        bench = make(*(replace(MIXED[0], name=f"a{i}") for i in range(registered)), device_adapters=8, host_adapters=500)
+        step = messages.TrainStep((batch("a0"), batch("a1")))
+        with FlopCounterMode(display=False) as counter:
+            bench.trainer._train_step(step)
+        statistics = bench.trainer._store.statistics()
+        costs.append((counter.get_total_flops(), statistics.bytes_up, statistics.bytes_down, statistics.device))
+    assert costs[0] == costs[1]
+    assert costs[0][0] > 0
+
+
+def test_gradients_exist_only_between_backward_and_step(make: Make) -> None:
+    bench = make(*MIXED)
+    bench.ask(messages.ForwardBackward((batch("one"), batch("two"))))
+    assert bench.trainer._store.statistics().gradients == 2
+    bench.ask(messages.OptimStep(("one",)))
+    assert bench.trainer._store.statistics().gradients == 1
+    bench.ask(messages.OptimStep(("two",)))
+    assert bench.trainer._store.statistics().gradients == 0
+
+
+# ---- it learns; what it reports ----
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cross_entropy_learns_a_batch_by_heart(make: Make, dtype: str) -> None:
+    bench = make(replace(MIXED[2], lora=LoraConfig(rank=8), optimizer=replace(FAST, learning_rate=3e-2)), dtype=dtype)
+    losses = [bench.step(batch("three", version))["three"].metrics["loss"] for version in range(30)]
+    assert losses[-1] < 0.4 * losses[0]
+
+
+def test_metrics_say_what_happened_and_nothing_that_did_not(make: Make) -> None:
+    bench = make(*MIXED)
+    results = bench.step(*(batch(config.name) for config in MIXED))
+    common = {"loss", "grad_norm", "learning_rate", "entropy", "logprob_diff"}
+    assert set(results["one"].metrics) == common | {"ratio_max", "clip_fraction"}
+    assert set(results["two"].metrics) == common | {"ratio_max", "clip_fraction", "kl"}
+    assert set(results["three"].metrics) == common
+    assert set(results["four"].metrics) == common | {"ratio_max", "clip_fraction", "truncated_fraction"}
+    assert results["two"].metrics["kl"] == 0  # before its first step the adapter is the base
+    stale = bench.step(batch("one", 1, sampled=0))["one"].metrics
+    assert "logprob_diff" not in stale  # no token was sampled under the version that trains
+    statistics = bench.ask(messages.GetStatistics())
+    assert statistics.steps == 5
+    assert statistics.tokens_trained == sum(len(batch(config.name).tokens) for config in (*MIXED, MIXED[0]))
+    assert statistics.busy_seconds > 0
+
+
+def test_logprob_diff_is_zero_against_the_trainers_own_scores(make: Make) -> None:
+    bench = make(*MIXED)
+    bench.perturb("two")
+    one = batch("two")
+    scores = bench.ask(messages.Score(one))
+    assert not scores.logprobs[~one.mask].any()
+    assert (scores.logprobs[one.mask] < 0).all()
+    assert not np.allclose(scores.logprobs, scores.base_logprobs)
+    metrics = bench.step(replace(one, sampler_logprobs=scores.logprobs))["two"].metrics
+    assert metrics["logprob_diff"] < 1e-6
+    assert metrics["ratio_max"] == pytest.approx(1.0, abs=1e-5)
+    gap = (scores.base_logprobs - scores.logprobs)[one.mask]
+    assert metrics["kl"] == pytest.approx(float((np.exp(gap) - gap - 1).mean()), rel=1e-3)
+
+
+def test_a_step_without_rows_is_a_step_with_gradient_zero(make: Make) -> None:
+    """All advantages were 0 and all rows left out: the moments decay, the version goes on."""
+    bench = make(*MIXED[:2])
+    full = batch("one")
+    empty = TrainBatch(full.ref, *(np.zeros(0, array.dtype) for array in (full.tokens,)), np.zeros(1, np.int32),
+                       np.zeros(0, bool), *(np.zeros(0, np.float32),), np.zeros(0, np.int32), np.zeros(0, np.float32),
+                       np.zeros(0, np.int32), 40, 6)  # fmt: skip
+    results = bench.step(empty, batch("two"))
+    assert results["one"].ref.version == 1
+    assert results["one"].metrics["grad_norm"] == 0.0
+    assert results["one"].metrics["loss"] == 0.0
+
+
+def test_statistics_answer_while_the_trainer_computes(make: Make) -> None:
+    bench, go = make(MIXED[0]), threading.Event()
+
+    async def both() -> None:
+        bench.trainer._thread.submit(go.wait)
+        async with asyncio.TaskGroup() as tasks:
+            step = tasks.create_task(bench.trainer.handle(messages.TrainStep((batch("one"),))))
+            statistics = await bench.trainer.handle(messages.GetStatistics())
+            assert statistics.steps == 0
+            assert not step.done()
+            go.set()
+        assert step.result().results[0].ref.version == 1
+
+    asyncio.run(both())
+
+
+# ---- an adapter's life ----
+
+
+def test_the_first_weights_are_pefts_and_the_same_in_every_run(make: Make) -> None:
+    first, second = make(*MIXED), make(*reversed(MIXED))
+    for config in MIXED:
+        state = first.state(config.name)
+        assert torch.equal(state, second.state(config.name))
+        for a, b in first.trainer._adapters[config.name].layout.views(state[0]).values():
+            bound = a.shape[1] ** -0.5  # kaiming uniform with a = sqrt(5)
+            assert float(a.abs().max()) <= bound
+            assert float(a.abs().max()) > 0.5 * bound
+            assert not b.any()
+    assert not torch.equal(first.state("one")[0][:8], first.state("four")[0][:8])
+
+
+def test_adding_again_changes_nothing_and_a_new_lineage_starts_over(make: Make) -> None:
+    bench = make(MIXED[0])
+    fresh = bench.state("one")
+    bench.step(batch("one"))
+    kept = bench.state("one")
+    added = bench.ask(messages.AddAdapter(to_mapping(MIXED[0])))
+    assert added.num_parameters == kept.shape[1]
+    assert torch.equal(bench.state("one"), kept)
+    with pytest.raises(ValueError, match="here with other settings"):
+        bench.ask(messages.AddAdapter(to_mapping(replace(MIXED[0], num_steps=7))))
+    bench.ask(messages.AddAdapter(to_mapping(MIXED[0]), lineage=1))
+    assert torch.equal(bench.state("one"), fresh)
+    assert bench.trainer._adapters["one"].ref == AdapterRef("one", 1, 0)
+
+
+def test_an_adapter_that_cannot_be_is_refused_and_leaves_nothing(make: Make, tmp_path: Path) -> None:
+    bench = make()
+    for lora, text in (
+        (LoraConfig(target_modules=("w_proj",)), "target_modules='w_proj'.*q_proj, k_proj"),
+        (LoraConfig(warm_start=str(tmp_path / "nowhere")), "nowhere: adapter_config.json cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            bench.ask(messages.AddAdapter(to_mapping(AdapterConfig(name="bad", lora=lora))))
+    assert bench.ask(messages.GetStatistics()).adapters == {"device": 0, "host": 0, "disk": 0}
+
+
+def test_a_dropped_adapter_is_gone(make: Make) -> None:
+    bench = make(*MIXED[:2])
+    bench.ask(messages.DropAdapter("one"))
+    bench.ask(messages.DropAdapter("one"))
+    with pytest.raises(ValueError, match="'one' is not in this trainer, which has \\['two'\\]"):
+        bench.ask(messages.Save(AdapterRef("one", 0, 0), "/nowhere"))
+    assert "not in this trainer" in bench.step(batch("one"), batch("two"))["one"].fault
+
+
+# ---- weights out and in ----
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_after_save_and_load_equals_a_step_without_to_the_bit(make: Make, tmp_path: Path, dtype: str) -> None:
+    bench, other = make(*MIXED, dtype=dtype), make(*MIXED, dtype=dtype)
+    for version in range(3):
+        bench.step(batch("two", version), batch("one", version))
+    saved = bench.ask(messages.Save(AdapterRef("two", 0, 3), str(tmp_path / "saved")))
+    assert set(saved.checksums) == {path.name for path in (tmp_path / "saved").iterdir()}
+    other.ask(messages.ForwardBackward((batch("two", 0),)))  # a gradient that must not survive the load
+    other.ask(messages.Load(AdapterRef("two", 4, 3), str(tmp_path / "saved")))
+    assert torch.equal(other.state("two"), bench.state("two"))
+    left = bench.step(batch("two", 3))["two"]
+    right = other.step(replace(batch("two", 3), ref=AdapterRef("two", 4, 3)))["two"]
+    assert right.ref == AdapterRef("two", 4, 4)
+    assert left.metrics == right.metrics
+    assert torch.equal(other.state("two"), bench.state("two"))
+
+
+def test_a_checkpoint_that_is_altered_or_of_another_shape_changes_nothing(make: Make, tmp_path: Path) -> None:
+    bench = make(*MIXED[:2])
+    bench.ask(messages.Save(AdapterRef("two", 0, 0), str(tmp_path)))
+    kept = bench.state("one")
+    with pytest.raises(ValueError, match="rank=3 there, 8 here"):
+        bench.ask(messages.Load(AdapterRef("one", 1, 0), str(tmp_path)))
+    with pytest.raises(ValueError, match="version=0 there, 9 here"):
+        bench.ask(messages.Load(AdapterRef("two", 1, 9), str(tmp_path)))
+    (file,) = tmp_path.glob("*.safetensors")
+    whole = file.read_bytes()
+    for cut in (len(whole) - 1, 40, 0):
+        file.write_bytes(whole[:cut])
+        with pytest.raises(CheckpointError, match="cut short or altered"):
+            bench.ask(messages.Load(AdapterRef("two", 1, 0), str(tmp_path)))
+    file.unlink()
+    with pytest.raises(CheckpointError):
+        bench.ask(messages.Load(AdapterRef("two", 1, 0), str(tmp_path)))
+    assert torch.equal(bench.state("one"), kept)
+    assert bench.trainer._adapters["two"].ref == AdapterRef("two", 0, 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_published_slab_is_the_weights_of_that_version(make: Make, dtype: str) -> None:
+    bench = make(*MIXED, dtype=dtype)
+    first = bench.ask(messages.Publish(AdapterRef("two", 0, 0)))
+    assert first.canary_logprob == pytest.approx(first.base_logprob, abs=1e-6)
+    bench.step(batch("two"))
+    with pytest.raises(AssertionError, match="two/0/0 is asked for, the trainer has two/0/1"):
+        bench.ask(messages.Publish(AdapterRef("two", 0, 0)))
+    handle = bench.ask(messages.Publish(AdapterRef("two", 0, 1)))
+    slab = torch.frombuffer(bytearray(Path(handle.path).read_bytes()), dtype=getattr(torch, dtype))
+    assert torch.equal(slab, bench.state("two")[0].to(slab.dtype))
+    assert (handle.nbytes, handle.rank, handle.scale) == (slab.nbytes, 3, pytest.approx(7 / 3))
+    assert handle.modules == bench.trainer._adapters["two"].layout.modules
+    assert handle.base_logprob == first.base_logprob
+    assert handle.canary_logprob != handle.base_logprob
+    again = bench.ask(messages.Publish(AdapterRef("two", 0, 1)))
+    assert again.path != handle.path  # whoever takes the first removes its own file
+    assert not list(Path(handle.path).parent.glob("*.part"))
+
+
+def test_an_exported_folder_holds_the_weights_and_starts_another_adapter(make: Make, tmp_path: Path) -> None:
+    bench = make(*MIXED)
+    bench.step(batch("two"))
+    bench.ask(messages.Export(AdapterRef("two", 0, 1), str(tmp_path / "peft")))
+    layout = bench.trainer._adapters["two"].layout
+    assert torch.equal(read_peft_folder(tmp_path / "peft", layout, 7.0), bench.state("two")[0])
+    warm = replace(MIXED[1], name="warm", lora=replace(MIXED[1].lora, warm_start=str(tmp_path / "peft")))
+    bench.ask(messages.AddAdapter(to_mapping(warm)))
+    assert torch.equal(bench.state("warm")[0], bench.state("two")[0])
+    assert not bench.state("warm")[1:].any()
+    blank = torch.empty(layout.numel)
+    init_pairs(layout, blank, torch.Generator().manual_seed(0))
+    assert not torch.equal(blank, bench.state("warm")[0])
