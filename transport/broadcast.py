@@ -46,6 +46,14 @@ class BroadcastStatistics:
     seconds: float
 
 
+def check_backend(backend: str) -> None:
+    """Raises ValueError for a backend that this process cannot use."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
+    if backend == "nccl" and not (dist.is_nccl_available() and torch.cuda.is_available()):
+        raise ValueError("backend='nccl': needs a GPU and a torch with NCCL, and this process has not both (gloo it has)")
+
+
 class RendezvousStore:
     """The key store that groups form on, hosted by this process on `host` alone."""
 
@@ -73,10 +81,7 @@ class BroadcastGroup:
     ) -> None:
         """store: "host:port" of a RendezvousStore; deadline_s: of each broadcast, forming included. Raises ValueError."""
         self._host, self._port = rendezvous.split_address(store)
-        if backend not in BACKENDS:
-            raise ValueError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
-        if backend == "nccl" and not dist.is_nccl_available():
-            raise ValueError("backend='nccl': this build of torch has none (gloo it has)")
+        check_backend(backend)
         assert 0 <= rank < world_size, (rank, world_size)
         assert deadline_s > 0, deadline_s
         self._epoch, self._rank, self._world_size = epoch, rank, world_size

@@ -101,6 +101,10 @@ class Client:
         """End every request in flight, and every later one, with `error`."""
         self._caller.fail(error)
 
+    async def wait_lost(self) -> None:
+        """Wait until the present connection is lost; at once after `fail`. Says nothing before the first request."""
+        await self._caller.wait_lost()
+
     async def aclose(self) -> None:
         self.fail(TransportError(f"this side has closed its client of {self._endpoint}"))
         if self._server is not None:

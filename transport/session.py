@@ -129,6 +129,7 @@ class Caller:
         self._pending: dict[int, asyncio.Future[Any]] = {}
         self._ids = itertools.count(1)
         self._failure: WeftError | None = None
+        self._lost = asyncio.Event()  # of the present connection; another one for the next
         self._requests = self._replies = self._failures = self._late = self._bad = 0
 
     async def request(self, message: object, deadline_s: float | None) -> Any:
@@ -186,6 +187,8 @@ class Caller:
 
     def fail_pending(self, error: WeftError) -> None:
         """End every request in flight with `error`. Later ones are tried."""
+        self._lost.set()
+        self._lost = asyncio.Event()
         pending, self._pending = self._pending, {}
         for future in pending.values():
             if not future.done():
@@ -195,6 +198,11 @@ class Caller:
         """End every request in flight, and every later one, with `error`."""
         self._failure = self._failure or error
         self.fail_pending(error)
+
+    async def wait_lost(self) -> None:
+        """Wait until the present connection is lost; at once after `fail`."""
+        if self._failure is None:
+            await self._lost.wait()
 
     def statistics(self) -> ClientStatistics:
         return ClientStatistics(

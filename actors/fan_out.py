@@ -1,0 +1,240 @@
+"""One slab to many samplers: announced, broadcast, installed; a sampler that dies in between holds nobody up.
+
+    Receive to each ──> all have answered ──> one broadcast to the group ──> Install to each ──> all have answered
+                └───────────────── one slab at a time ─────────────────┘
+
+The samplers that a slab goes to form one broadcast group, made when it is first needed and kept for the next slab. Whatever
+goes wrong in a group dissolves it, and those that still wait get the slab under a new epoch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from weft.configs.schema import SyncConfig
+from weft.transport.broadcast import BroadcastGroup, RendezvousStore, check_backend
+from weft.transport.errors import DeadlineError, InstallError, PeerDiedError, RendezvousError, WeftError
+from weft.transport.messages import AdapterRef, GetStatistics, Install, Receive, SlabHandle
+
+T = TypeVar("T")
+ROUNDS = 3  # broadcasts of one slab that may fail before it has failed
+MAX_GROUPS = 4  # kept for the sets of samplers seen last
+
+
+class Client(Protocol):
+    """transport.channel.Client, or its twin in memory."""
+
+    async def request(self, message: Any, deadline_s: float | None) -> Any: ...
+
+    async def wait_lost(self) -> None: ...
+
+    def fail(self, error: WeftError) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
+class Peer:
+    """A sampler, as the relay sees it: one process at one endpoint. A process that is started again is another peer."""
+
+    def __init__(self, sampler: int, endpoint: str, client: Client) -> None:
+        self.sampler = sampler
+        self.endpoint = endpoint
+        self.client = client
+        self.serving = True  # until it leaves, or its process is found dead
+        self.installed: dict[str, AdapterRef] = {}  # by adapter: the last version that it acknowledged
+
+    def __str__(self) -> str:
+        return f"sampler {self.sampler} ({self.endpoint})"
+
+    async def ask(self, message: Any, deadline_s: float) -> WeftError | None:
+        """None when it has done so; else why not. Finds out whether a lost connection was a lost process."""
+        try:
+            await self.client.request(message, deadline_s)
+        except PeerDiedError as error:
+            await self._probe(deadline_s)
+            return error
+        except WeftError as error:
+            return error
+        return None
+
+    def leave(self) -> None:
+        """Nobody waits for it any more."""
+        self.serving = False
+        self.client.fail(PeerDiedError(f"{self} has left"))
+
+    async def _probe(self, deadline_s: float) -> None:
+        try:
+            await self.client.request(GetStatistics(), deadline_s)
+        except PeerDiedError:
+            self.serving = False
+        except WeftError:
+            return  # it answers badly or not at all, so it is not known to be dead: the driver decides
+
+
+@dataclass(frozen=True)
+class _Group:
+    epoch: str
+    peers: tuple[Peer, ...]
+    link: BroadcastGroup
+
+
+@dataclass
+class Times:
+    """Seconds of one slab's way."""
+
+    broadcast: float = 0.0
+    install: float = 0.0
+
+
+class FanOut:
+    """The broadcast groups of one relay."""
+
+    def __init__(self, config: SyncConfig, host: str) -> None:
+        """Raises ValueError for a backend that is not there, OSError if the rendezvous store cannot listen on `host`."""
+        check_backend(config.backend)
+        self._config = config
+        self._store = RendezvousStore(host)
+        self._run = uuid.uuid4().hex[:8]  # samplers outlive relays, and an epoch is used once
+        self._groups: dict[tuple[Peer, ...], _Group] = {}
+        self._turn = asyncio.Lock()  # one slab at a time is announced and broadcast: what is announced first comes first
+        self.epoch = 0
+        self.bytes_sent = 0
+
+    async def send(self, handle: SlabHandle, slab: torch.Tensor, peers: Sequence[Peer]) -> Times:
+        """Returns when every peer that is still serving has installed the slab (uint8 [nbytes]).
+
+        Raises InstallError naming the samplers that refuse it; RendezvousError, PeerDiedError or DeadlineError when
+        ROUNDS broadcasts have failed.
+        """
+        times, failures = Times(), list[WeftError]()
+        refusals: dict[Peer, WeftError] = {}
+        while waiting := [peer for peer in peers if peer not in refusals and self._waits(peer, handle.ref)]:
+            if len(failures) >= ROUNDS:
+                raise failures[-1]
+            try:
+                refusals |= await self._round(handle, slab, waiting, times)
+            except (PeerDiedError, RendezvousError, DeadlineError) as error:
+                failures.append(error)
+        if refusals:
+            said = "; ".join(f"{peer}: {type(error).__name__}: {error}" for peer, error in refusals.items())
+            raise InstallError(f"{handle.ref} is not installed everywhere: {said}")
+        return times
+
+    def dissolve(self, gone: Callable[[Peer], bool] = lambda _: True) -> None:
+        """End every group with such a peer."""
+        for group in [group for group in self._groups.values() if any(map(gone, group.peers))]:
+            self._end(group)
+
+    def _waits(self, peer: Peer, ref: AdapterRef) -> bool:
+        return peer.serving and peer.installed.get(ref.name) != ref
+
+    async def _round(self, handle: SlabHandle, slab: torch.Tensor, peers: list[Peer], times: Times) -> dict[Peer, WeftError]:
+        """Why each that refuses it does. Raises when a peer died or the broadcast failed: those that still wait are asked
+        again, since the dead one may have been between the root and these."""
+        async with self._turn:
+            group = self._groups.get(tuple(peers)) or self._form(tuple(peers))
+            errors = await self._guarded(group, self._announce_and_broadcast(handle, slab, group, times))
+        if not errors:
+            errors = await self._install(handle.ref, peers, times)
+        if errors:
+            self._end(group)
+        for error in errors.values():
+            if isinstance(error, PeerDiedError):
+                raise error
+        return errors
+
+    async def _announce_and_broadcast(
+        self, handle: SlabHandle, slab: torch.Tensor, group: _Group, times: Times
+    ) -> dict[Peer, WeftError]:
+        """Why those that cannot receive it cannot; nothing was broadcast then."""
+        errors = await _ask(group.peers, lambda peer: self._receive(handle, group, peer), self._config.deadline_s)
+        if errors:
+            return errors
+        started = time.monotonic()
+        await asyncio.to_thread(group.link.broadcast, self._placed(slab))
+        times.broadcast += time.monotonic() - started
+        self.bytes_sent += slab.nbytes * len(group.peers)
+        return {}
+
+    async def _install(self, ref: AdapterRef, peers: list[Peer], times: Times) -> dict[Peer, WeftError]:
+        """Why those that have not installed it have not."""
+        started = time.monotonic()
+        errors = await _ask(peers, lambda _: Install(ref), self._config.deadline_s)
+        times.install += time.monotonic() - started
+        for peer in peers:
+            if peer not in errors:
+                peer.installed[ref.name] = ref
+        return errors
+
+    async def _guarded(self, group: _Group, work: Coroutine[Any, Any, T]) -> T:
+        """Do `work` in this group. When a peer is lost meanwhile, or the work fails, the group ends, and with it the work."""
+
+        async def watch(peer: Peer) -> None:
+            await peer.client.wait_lost()
+            self._end(group)
+
+        failure: WeftError | None = None
+        async with asyncio.TaskGroup() as tasks:
+            watches = [tasks.create_task(watch(peer)) for peer in group.peers]
+            try:
+                result = await work
+            except WeftError as error:  # raised below: a TaskGroup would wrap it
+                self._end(group)
+                failure = error
+            except BaseException:
+                self._end(group)
+                raise
+            finally:
+                for task in watches:
+                    task.cancel()
+        if failure is not None:
+            raise failure
+        return result
+
+    def _form(self, peers: tuple[Peer, ...]) -> _Group:
+        self.epoch += 1
+        epoch = f"{self._run}-{self.epoch}"
+        size, config = len(peers) + 1, self._config
+        link = BroadcastGroup(self._store.address, epoch, 0, size, config.backend, config.deadline_s)
+        group = self._groups[peers] = _Group(epoch, peers, link)
+        while len(self._groups) > MAX_GROUPS:
+            self._end(next(iter(self._groups.values())))
+        return group
+
+    def _end(self, group: _Group) -> None:
+        if self._groups.get(group.peers) is group:
+            del self._groups[group.peers]
+            self._store.dissolve(group.epoch)
+            group.link.close()
+
+    def _receive(self, handle: SlabHandle, group: _Group, peer: Peer) -> Receive:
+        return Receive(
+            handle=handle,
+            store=self._store.address,
+            epoch=group.epoch,
+            rank=group.peers.index(peer) + 1,
+            world_size=len(group.peers) + 1,
+            backend=self._config.backend,
+            deadline_s=self._config.deadline_s,
+        )
+
+    def _placed(self, slab: torch.Tensor) -> torch.Tensor:
+        return slab.cuda() if self._config.backend == "nccl" else slab
+
+
+async def ask_all(peers: Sequence[Peer], message: Any, deadline_s: float) -> dict[Peer, WeftError]:
+    """The same message to all at once; why each that has not done so has not."""
+    return await _ask(peers, lambda _: message, deadline_s)
+
+
+async def _ask(peers: Sequence[Peer], message: Callable[[Peer], Any], deadline_s: float) -> dict[Peer, WeftError]:
+    async with asyncio.TaskGroup() as tasks:
+        answers = {peer: tasks.create_task(peer.ask(message(peer), deadline_s)) for peer in peers}
+    return {peer: error for peer, task in answers.items() if (error := task.result()) is not None}

@@ -1,0 +1,199 @@
+"""The relay: takes one slab from a trainer, sends it to the samplers that need it, answers when all of them have installed it.
+
+    Distribute ──> take the slab (the trainer goes on) ──> fan_out.py ──> every sampler has installed it: it is the newest
+               ──> Retire(supersedes) ──> Distributed
+    JoinSampler ──> the newest of every adapter, to this sampler alone ──> Done
+
+What it keeps is the newest slab of each adapter, newest being what every serving sampler has acknowledged. Syncs of one adapter
+go in order; those of different adapters overlap, except that one slab at a time is broadcast.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from weft.actors.fan_out import Client, FanOut, Peer, ask_all
+from weft.configs.schema import SyncConfig
+from weft.transport import channel
+from weft.transport.errors import InstallError, PeerDiedError, WeftError
+from weft.transport.messages import (
+    AdapterRef,
+    Distribute,
+    Distributed,
+    Done,
+    DropAdapter,
+    GetStatistics,
+    JoinSampler,
+    LeaveSampler,
+    Retire,
+    SlabHandle,
+    SyncStatistics,
+)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """The newest slab of one adapter: the handle without its place, and the bytes uint8 [nbytes]."""
+
+    handle: SlabHandle
+    slab: torch.Tensor
+
+
+class ParamSync:
+    """One relay. `await start()`, then any number of `handle` at once, then `await aclose()`."""
+
+    def __init__(self, config: SyncConfig, connect: Callable[[str], Client] = channel.Client, host: str = "127.0.0.1") -> None:
+        """connect: a client of a sampler's endpoint; host: where the rendezvous store listens."""
+        self._config = config
+        self._connect = connect
+        self._host = host
+        self._peers: dict[int, Peer] = {}
+        self._held: dict[str, _Held] = {}
+        self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()  # by adapter
+        self._fan_out: FanOut | None = None
+        self._distributed = 0
+
+    async def start(self) -> None:
+        """Host the rendezvous store. Raises OSError if it cannot be."""
+        self._fan_out = FanOut(self._config, self._host)
+
+    async def handle(self, message: Any) -> Any:
+        """Raises InstallError (it names the samplers), RendezvousError, ValueError for a message that is not for a relay."""
+        match message:
+            case Distribute():
+                return await self._distribute(message)
+            case JoinSampler():
+                return await self._join(message)
+            case LeaveSampler():
+                return await self._leave(message.sampler)
+            case DropAdapter():
+                return await self._drop(message.name)
+            case GetStatistics():
+                return self._statistics()
+        raise ValueError(f"{type(message).__name__} is no message for a parameter sync")
+
+    async def aclose(self) -> None:
+        for sampler in list(self._peers):
+            await self._leave(sampler)
+        if self._fan_out is not None:
+            self._fan_out.dissolve()
+
+    async def _distribute(self, message: Distribute) -> Distributed:
+        started = time.monotonic()
+        handle = message.handle
+        lock = self._lock(handle.ref.name)
+        async with lock:
+            slab = await asyncio.to_thread(_take, handle)
+            held = _Held(replace(handle, host="", path="", data=None), slab)
+            # One that has left, or never came, is not waited for: what it misses it gets when it joins.
+            peers = [self._peers[sampler] for sampler in message.samplers if sampler in self._peers]
+            times = await self._fan().send(held.handle, slab, peers)
+            self._held[handle.ref.name] = held
+            if message.supersedes is not None and message.supersedes != handle.ref:
+                await self._retire(message.supersedes, peers)
+        self._distributed += 1
+        return Distributed(
+            seconds=time.monotonic() - started, broadcast_seconds=times.broadcast, install_seconds=times.install
+        )
+
+    async def _retire(self, ref: AdapterRef, peers: list[Peer]) -> None:
+        serving = [peer for peer in peers if peer.serving]
+        errors = await ask_all(serving, Retire(ref), self._config.deadline_s)
+        for peer, error in errors.items():
+            if not isinstance(error, PeerDiedError):  # a dead one holds nothing any more
+                raise InstallError(f"{peer} did not retire {ref}: {error}") from error
+
+    async def _join(self, message: JoinSampler) -> Done:
+        await self._leave(message.sampler)
+        peer = Peer(message.sampler, message.endpoint, self._connect(message.endpoint))
+        self._peers[message.sampler] = peer
+        try:
+            await self._give_all(peer)
+        except WeftError:
+            if self._peers.get(message.sampler) is peer:
+                await self._leave(message.sampler)
+            raise
+        return Done()
+
+    async def _give_all(self, peer: Peer) -> None:
+        """The newest version of every adapter, to this peer; also of those that come while this goes on."""
+        while peer.serving and (missing := [name for name, held in self._held.items() if self._lacks(peer, held)]):
+            lock = self._lock(missing[0])
+            async with lock:
+                held = self._held.get(missing[0])  # a sync that was under way has made a newer one, or it was dropped
+                if held is not None:
+                    await self._fan().send(held.handle, held.slab, [peer])
+        self._fan().dissolve(lambda other: other is peer)  # from now on it receives with the others
+        error = await peer.ask(GetStatistics(), self._config.deadline_s)
+        if error is not None or not peer.serving:
+            raise InstallError(f"{peer} was lost while it joined: {error}")
+
+    def _lacks(self, peer: Peer, held: _Held) -> bool:
+        return peer.installed.get(held.handle.ref.name) != held.handle.ref
+
+    async def _leave(self, sampler: int) -> Done:
+        peer = self._peers.pop(sampler, None)
+        if peer is not None:
+            peer.leave()
+            self._fan().dissolve(lambda other: other is peer)
+            await peer.client.aclose()
+        return Done()
+
+    async def _drop(self, name: str) -> Done:
+        lock = self._lock(name)
+        async with lock:
+            self._held.pop(name, None)
+            for peer in self._peers.values():
+                peer.installed.pop(name, None)
+        return Done()
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        """The adapter's lock; it lives as long as somebody holds or awaits it."""
+        return self._locks.setdefault(name, asyncio.Lock())
+
+    def _fan(self) -> FanOut:
+        assert self._fan_out is not None, "start() comes first"
+        return self._fan_out
+
+    def _statistics(self) -> SyncStatistics:
+        return SyncStatistics(
+            pid=os.getpid(),
+            held=tuple(sorted(str(held.handle.ref) for held in self._held.values())),
+            distributed=self._distributed,
+            epoch=self._fan().epoch,
+            bytes_sent=self._fan().bytes_sent,
+        )
+
+
+def _take(handle: SlabHandle) -> torch.Tensor:
+    """A copy of the slab's bytes, uint8 [nbytes]; the trainer's file is removed. Raises InstallError."""
+    if handle.data is not None:
+        if handle.data.nbytes != handle.nbytes:
+            raise InstallError(f"slab of {handle.ref}: {handle.data.nbytes} bytes came, its handle says {handle.nbytes}")
+        return torch.from_numpy(handle.data.reshape(-1).view(np.uint8))
+    if handle.host not in ("", socket.gethostname()):
+        raise InstallError(f"slab of {handle.ref} is on {handle.host}, this relay on {socket.gethostname()}")
+    path = Path(handle.path)
+    slab = torch.empty(handle.nbytes, dtype=torch.uint8)
+    try:
+        size = path.stat().st_size
+        if size != handle.nbytes:
+            raise InstallError(f"slab of {handle.ref}: {path} holds {size} bytes, its handle says {handle.nbytes}")
+        with path.open("rb") as file:
+            file.readinto(slab.numpy().data)
+    except OSError as error:
+        raise InstallError(f"slab of {handle.ref} cannot be read: {error}") from error
+    finally:
+        path.unlink(missing_ok=True)
+    return slab
