@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import hashlib
 import importlib
+import json
 import logging
 import os
 import re
@@ -20,6 +21,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -43,6 +45,7 @@ RAY_ENVIRONMENT = {
 }
 ACTOR_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
 STOP_DEADLINE_S = 20.0
+PROCESSES_FILE = "processes.jsonl"
 COUNTERS = ("weft_tokens_sampled", "weft_tokens_trained")
 HISTOGRAMS = "weft_time_"
 SECONDS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
@@ -130,7 +133,8 @@ class Cluster:
         self.run_id = hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:8]
         shared = Path("/dev/shm")
         self.shared_folder = (shared if shared.is_dir() else Path(tempfile.gettempdir())) / f"weft-{self.run_id}"
-        self.log_folder = Path(folder) / "logs"
+        self._folder = Path(folder)
+        self.log_folder = self._folder / "logs"
         self.dashboard = ""
         # Unix sockets have paths of at most 107 bytes, and Ray puts 60 of its own behind this one.
         self._ray_folder = Path(tempfile.gettempdir()) / f"weft-ray-{self.run_id}"
@@ -181,7 +185,13 @@ class Cluster:
         except asyncio.CancelledError:
             ray.kill(handle)
             raise
+        self._note(name, endpoint, pid)
         return Process(name, handle, endpoint, pid)
+
+    def _note(self, name: str, endpoint: str, pid: int) -> None:
+        """One line a started process, for whoever looks after the run: which pid is which, and how often it had to be started."""
+        with (self._folder / PROCESSES_FILE).open("a") as file:
+            file.write(json.dumps({"time": time.time(), "name": name, "pid": pid, "endpoint": endpoint}) + "\n")
 
     def _start_ray(self) -> None:
         with _variables(RAY_ENVIRONMENT):

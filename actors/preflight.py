@@ -16,10 +16,9 @@ from typing import Any
 
 from weft.actors.environment import Environment
 from weft.actors.environments.load import load_environment
+from weft.actors.sampler_engine import LORA_RANKS
 from weft.configs.build import SettingError
 from weft.configs.schema import AdapterConfig, ClusterConfig, Config, ModelConfig
-
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # max_lora_rank as vLLM takes it
 
 
 def preflight(config: Config) -> None:

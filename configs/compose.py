@@ -59,6 +59,12 @@ def descriptions(config_dir: str | None = None) -> dict[str, dict[str, str]]:
     }
 
 
+def defaults() -> dict[str, str]:
+    """Group -> the choice that is made where the user makes none."""
+    primary = yaml.safe_load(resources.files("weft.configs").joinpath("run.yaml").read_text())
+    return {group: choice for entry in primary["defaults"] if isinstance(entry, dict) for group, choice in entry.items()}
+
+
 def _choices(config_dir: str | None) -> dict[str, dict[str, str]]:
     """Group -> choice -> the text of its file; a choice of the user's may not hide one of ours."""
     if config_dir is not None and not Path(config_dir).is_dir():

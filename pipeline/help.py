@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from weft.configs.compose import descriptions
+from weft.configs.compose import defaults, descriptions
 from weft.configs.schema import AdapterConfig, ClusterConfig, RunConfig
 
 WIDTH = 118
@@ -34,7 +34,8 @@ examples
   weft environment.target=mypackage.tasks.Riddles              a class of your own (weft/actors/environment.py)
   weft sweep.learning_rate=[1e-4,3e-4] sweep.rank=[8,32]       four adapters out of the template
   weft model=local model.path=/models/Qwen3-0.6B cluster=h200x2 adapters=demo
-  weft adapters=demo run.dir=outputs/demo                      again: goes on from its checkpoints; run.fresh=true starts anew
+  weft adapters=demo run.dir=outputs/demo                      given again: goes on from its checkpoints
+  weft adapters=demo run.dir=outputs/demo run.fresh=true       given again: starts anew, the earlier run is moved aside
 """
 MAIN = (
     ("X of an adapter", AdapterConfig("adapter"), (
@@ -72,10 +73,11 @@ MAIN = (
 
 def help_text(config_dir: str | None = None) -> str:
     """The page. config_dir: as in `weft --config-dir`."""
-    groups = ["groups (the default first named in configs/run.yaml)"]
+    groups = ["groups and their choices (* is the default)"]
+    default = defaults()
     for group, choices in descriptions(config_dir).items():
         groups.append(f"  {group}=")
-        groups += [_row(f"    {name}", text) for name, text in choices.items()]
+        groups += [_row(f"  {'*' if default[group] == name else ' '} {name}", text) for name, text in choices.items()]
     settings = [SETTINGS.rstrip()]
     for title, section, names in MAIN:
         settings.append(f"{title}:" if " " in title else f"{title}.X:")

@@ -127,7 +127,7 @@ def _check_resume(config: Config) -> None:
         try:
             check_resume(config.run.dir, adapter)
         except ValueError as error:
-            raise SettingError(f"adapters.{adapter.name}: {error}; run.fresh=true starts anew, run.dir=... elsewhere") from None
+            raise SettingError(str(error)) from None
 
 
 def _is_finished(config: Config) -> bool:

@@ -1,0 +1,181 @@
+"""What a user can get wrong is said before anything is started, by setting, value and rule."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from weft.actors.base_model import tiny_path
+from weft.actors.lora import SlabLayout, linear_shapes, resolve_targets
+from weft.actors.model import read_config
+from weft.actors.peft_folder import write_peft_folder
+from weft.actors.preflight import max_lora_rank, preflight
+from weft.configs.build import SettingError
+from weft.configs.expand import expand
+from weft.configs.schema import Config
+
+TASK = '''
+from weft.actors.environment import Prompt, Reply
+
+class Riddles:
+    num_prompts = 3
+    def prompt(self, index, held_out):
+        return Prompt([{"role": "user", "content": "Two and two? " * self.length}])
+    async def respond(self, prompt, turns):
+        return Reply(done=True)
+    def __init__(self, length=1):
+        self.length = length
+
+class NoRespond:
+    num_prompts = 3
+    def prompt(self, index, held_out):
+        return Prompt([{"role": "user", "content": "hello"}])
+'''
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_path(), tmp_path / "base"))
+
+
+def configure(tmp_path: Path, adapter: dict[str, Any] | None = None, **sections: Any) -> Config:
+    sections = {"run": {"dir": str(tmp_path / "out")}, **sections}
+    sections["cluster"] = {"dashboard_port": 0, **sections.get("cluster", {})}
+    return expand({"adapters": {"calc": adapter or {}}, **sections})
+
+
+def refusal(config: Config) -> str:
+    with pytest.raises(SettingError) as caught:
+        preflight(config)
+    return str(caught.value)
+
+
+def test_a_good_configuration_passes_and_nothing_is_written(tmp_path: Path) -> None:
+    preflight(configure(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_samplers_rank_is_the_smallest_that_vllm_takes_and_that_holds_every_adapter(tmp_path: Path) -> None:
+    for rank, expected in ((1, 1), (2, 8), (8, 8), (9, 16), (65, 128), (300, 320), (512, 512)):
+        assert max_lora_rank(configure(tmp_path, {"lora": {"rank": rank}})) == expected
+    assert max_lora_rank(configure(tmp_path, cluster={"sampler": {"max_lora_rank": 64}})) == 64
+    assert "must be one of 1, 8, 16" in refusal(configure(tmp_path, cluster={"sampler": {"max_lora_rank": 24}}))
+
+
+def test_target_modules_that_the_model_lacks_are_refused_with_those_it_has(tmp_path: Path) -> None:
+    said = refusal(configure(tmp_path, {"lora": {"target_modules": ["q_prj"]}}))
+    assert said.startswith("adapters.calc.lora.target_modules='q_prj': must be ")
+    assert all(name in said for name in ("q_proj", "gate_proj", "down_proj"))
+    said = refusal(configure(tmp_path, {"lora": {"exclude_modules": ["all-linear"]}}))
+    assert said.startswith("adapters.calc.lora.exclude_modules=")
+
+
+def test_a_model_folder_must_be_whole(tmp_path: Path, folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    with safe_open(weights, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 no mapping
+    config = configure(tmp_path, model={"path": str(folder)})
+    preflight(config)
+
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**tensors, name: torch.zeros(3, 3)}, weights, metadata={"format": "pt"})
+    assert name in (said := refusal(config))
+    assert "[3, 3]" in said
+    save_file({key: value for key, value in tensors.items() if key != name}, weights, metadata={"format": "pt"})
+    assert f"{name}" in refusal(config)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "model-00001-of-00002.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    weights.unlink()
+    assert "model-00001-of-00002.safetensors" in refusal(config)
+    (folder / "model.safetensors.index.json").unlink()
+    said = refusal(config)
+    assert said.startswith(f"model.path={str(folder)!r}: ")
+    assert "safetensors" in said
+    assert "is not there" in refusal(configure(tmp_path, model={"path": str(tmp_path / "absent")}))
+
+
+def test_a_model_without_a_tokenizer_or_too_short_is_refused(tmp_path: Path, folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    config = configure(tmp_path, model={"path": str(folder)})
+    assert "must have a chat template" in refusal(config)
+    (folder / "tokenizer.json").unlink()
+    assert "its tokenizer does not load" in refusal(config)
+    said = refusal(configure(tmp_path, cluster={"sampler": {"max_model_len": 10**6}}))
+    assert said.startswith("cluster.sampler.max_model_len=1000000: must be at most max_position_embeddings=")
+
+
+def test_a_warm_start_must_be_of_the_adapters_shape(tmp_path: Path) -> None:
+    shapes = linear_shapes(read_config(tiny_path()))
+    layout = SlabLayout.build(shapes, resolve_targets(shapes, ["q_proj"]), 4)
+    write_peft_folder(tmp_path / "peft", layout, torch.zeros(layout.numel), 8, "tiny")
+    lora = {"warm_start": str(tmp_path / "peft"), "rank": 4, "alpha": 8, "target_modules": ["q_proj"]}
+    preflight(configure(tmp_path, {"lora": lora}))
+    absent = str(tmp_path / "absent")
+    for other in ({"rank": 8}, {"alpha": 16}, {"target_modules": ["q_proj", "v_proj"]}, {"warm_start": absent}):
+        said = refusal(configure(tmp_path, {"lora": {**lora, **other}}))
+        assert said.startswith("adapters.calc.lora.warm_start=")
+
+
+def test_an_environment_must_import_fit_and_leave_room_to_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mytasks.py").write_text(TASK)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def said(target: str, **settings: Any) -> str:
+        return refusal(configure(tmp_path, {"environment": {"target": target, "settings": settings}}))
+
+    preflight(configure(tmp_path, {"environment": {"target": "mytasks.Riddles"}}))
+    assert said("no.such.module.Task").startswith("adapters.calc.environment.target='no.such.module.Task': ")
+    assert "has no class 'Ridles'" in said("mytasks.Ridles")
+    assert "lacks respond" in said("mytasks.NoRespond")
+    assert "adapters.calc.environment.settings.lenth" in said("mytasks.Riddles", lenth=2)
+    assert "cluster.sampler.max_model_len=512 must be above that" in said("mytasks.Riddles", length=500)
+    assert "did you mean 'calculator'" in said("calculater")
+
+
+def test_a_jsonl_file_is_read_to_its_end(tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+
+    def said(text: str) -> str:
+        file.write_text(text)
+        settings = {"path": str(file), "held_out_fraction": 0.5}
+        return refusal(configure(tmp_path, {"environment": {"target": "jsonl", "settings": settings}}))
+
+    good = "".join(json.dumps({"prompt": f"q{i}", "answer": i}) + "\n" for i in range(8))
+    for bad, what in (("{nonsense\n", "JSON"), ('{"prompt": "q"}\n', "answer")):
+        message = said(good + bad)
+        assert f"{file}:9" in message or ("line 9" in message and str(file) in message)
+        assert what in message
+    file.unlink()
+    settings = {"path": str(file)}
+    message = refusal(configure(tmp_path, {"environment": {"target": "jsonl", "settings": settings}}))
+    assert str(file) in message
+
+
+def test_gpus_that_are_not_there_are_said_with_those_that_are(tmp_path: Path) -> None:
+    said = refusal(configure(tmp_path, cluster={"samplers": 2, "gpus_per_sampler": 99, "gpus_per_trainer": 1}))
+    assert "cluster.samplers=2 x gpus_per_sampler=99 + cluster.trainers=1 x gpus_per_trainer=1 ask for 199 GPUs" in said
+    assert f"the {torch.cuda.device_count()} that are there" in said
+    assert "must be gloo unless" in refusal(configure(tmp_path, cluster={"sync": {"backend": "nccl"}}))
+
+
+def test_a_port_in_use_is_refused(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        said = refusal(configure(tmp_path, cluster={"dashboard_port": port}))
+    assert said.startswith(f"cluster.dashboard_port={port}: must be free, or 0")
+
+
+def test_an_output_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    said = refusal(configure(tmp_path, run={"dir": str(tmp_path / "file" / "out")}))
+    assert "must be a folder" in said

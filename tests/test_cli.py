@@ -1,0 +1,195 @@
+"""The command `weft`: help, configuration, and every mistake of a user's: one message, status 2, nothing started or written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from weft.actors.base_model import tiny_path
+from weft.configs.build import SettingError
+from weft.configs.compose import compose, descriptions
+from weft.configs.expand import expand
+from weft.configs.schema import AdapterConfig
+from weft.pipeline import main as command
+from weft.pipeline.adapter import Progress
+from weft.pipeline.checkpoint import Checkpoints
+from weft.pipeline.folder import hold, move_aside
+
+Output = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the run was started")
+
+    monkeypatch.setattr(command, "_train", refuse)
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments: str) -> int:
+    return command.main(["cluster.dashboard_port=0", "run.dir=out", *arguments])
+
+
+def refused(output: Output, *arguments: str) -> str:
+    """The message, after checking that it is one line on stderr, that the status is 2 and that nothing was written."""
+    before = sorted(Path.cwd().rglob("*"))
+    status = run(*arguments)
+    said = output.readouterr()
+    assert status == 2, said
+    assert said.out == ""
+    assert said.err.startswith("weft: ")
+    assert said.err.count("\n") == 1, said.err
+    assert sorted(Path.cwd().rglob("*")) == before
+    return said.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["template.learning_rate=1"], "template.learning_rate: unknown setting"),
+        (["template.optimizer.lerning_rate=1"], "did you mean 'learning_rate'?"),
+        (["modle=tiny"], "modle: unknown setting; did you mean 'model'?"),
+        (["model=tinny"], "model=tinny: there is no such choice; did you mean 'tiny'?"),
+        (["template.lora.rank=0"], "template.lora.rank=0: must be from 1 to 512"),
+        (["template.lora.rank=1000"], "template.lora.rank=1000: must be from 1 to 512"),
+        (["template.lora.rank=64", "cluster.sampler.max_lora_rank=32"], "lora.rank=64: must be at most"),
+        (["template.lora.target_modules=[qq_proj]"], "target_modules='qq_proj': must be all-linear or a linear of the model"),
+        (["sweep.num_steps=[1,1]"], "must be of distinct names"),
+        (["template.max_staleness=-1"], "template.max_staleness=-1: must be at least 0"),
+        (["template.batch_size=20"], "template.batch_size=20: must be a multiple of group_size=8"),
+        (["model=local", "model.path=absent"], "model.path='absent': "),
+        (["environment.target=no.such.Task"], "environment.target='no.such.Task': module 'no.such' does not import"),
+        (["environment.target=json.JSONDecoder"], "environment.target='json.JSONDecoder': "),
+        (["environment=jsonl"], "environment.settings.path is not set"),
+        (["environment=jsonl", "environment.settings.path=absent.jsonl"], "absent.jsonl"),
+        (["template.lora.warm_start=absent"], "lora.warm_start='absent': "),
+        (["cluster.gpus_per_trainer=99"], f"ask for 99 GPUs: must be at most the {torch.cuda.device_count()} that are there"),
+        (["--verbose"], "--verbose: there is no such option (there are: --help, --cfg, --config-dir DIR)"),
+        (["--config-dir", "absent"], "must be a folder that is there"),
+        (["--config-dir"], "--config-dir: must be followed by a folder"),
+    ],
+)
+def test_a_mistake_is_one_message_and_status_2(arguments: list[str], message: str, capsys: Output) -> None:
+    assert message in refused(capsys, *arguments)
+
+
+def test_a_file_of_two_adapters_of_one_name_is_refused(tmp_path: Path, capsys: Output) -> None:
+    (tmp_path / "own" / "adapters").mkdir(parents=True)
+    (tmp_path / "own" / "adapters" / "mine.yaml").write_text("# @package _global_\nadapters:\n  a: {}\n  a: {num_steps: 3}\n")
+    assert "one name" in refused(capsys, "--config-dir=own", "adapters=mine")
+
+
+def test_a_model_folder_that_is_not_whole_is_refused(tmp_path: Path, capsys: Output) -> None:
+    shutil.copytree(tiny_path(), tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    assert "model.path='base': " in refused(capsys, "model=local", "model.path=base")
+
+
+def test_a_jsonl_line_that_is_wrong_is_named_by_file_and_line(tmp_path: Path, capsys: Output) -> None:
+    (tmp_path / "q.jsonl").write_text('{"prompt": "q", "answer": "a"}\n{"prompt": 3\n')
+    said = refused(capsys, "environment=jsonl", "environment.settings.path=q.jsonl")
+    assert "q.jsonl" in said
+    assert "2" in said.split("q.jsonl", 1)[1]
+    (tmp_path / "q.jsonl").write_text('{"prompt": "q", "answer": "a"}\n{"prompt": "q"}\n')
+    said = refused(capsys, "environment=jsonl", "environment.settings.path=q.jsonl")
+    assert "answer" in said
+    assert "2" in said.split("q.jsonl", 1)[1]
+
+
+def test_a_port_in_use_is_refused(capsys: Output) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"cluster.dashboard_port={port}: must be free" in refused(capsys, f"cluster.dashboard_port={port}")
+
+
+def test_an_output_folder_that_another_run_uses_is_refused(tmp_path: Path, capsys: Output) -> None:
+    script = "import sys, time; from pathlib import Path; from weft.pipeline.folder import hold\n"
+    script += "with hold(Path('out'), make=True): print('held', flush=True); time.sleep(100)"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        said = refused(capsys)
+        assert f"run.dir='out': must not be in use, and process {other.pid} is running there" in said
+        other.kill()
+    with hold(tmp_path / "out"):  # the kernel gave it back
+        pass
+
+
+def a_run(folder: Path, config: AdapterConfig, finished: bool) -> None:
+    """What a run with one adapter leaves."""
+    with hold(folder, make=True):
+        checkpoints = Checkpoints(str(folder), config.name, 2)
+        checkpoints.begin()
+        checkpoints.commit(config, Progress(version=config.num_steps), {})
+        if finished:
+            checkpoints.finish(config, Progress(version=config.num_steps))
+            (folder / "summary.json").write_text("{}")
+
+
+def test_a_finished_run_says_so_and_how_to_start_afresh(tmp_path: Path, capsys: Output) -> None:
+    (config,) = expand(compose([])).adapters
+    a_run(tmp_path / "out", config, finished=True)
+    assert run() == 0
+    said = capsys.readouterr().out
+    assert "this run has finished" in said
+    assert "out/summary.json" in said
+    assert "run.fresh=true" in said
+
+
+def test_a_run_under_other_settings_is_not_resumed_by_mistake(tmp_path: Path, capsys: Output) -> None:
+    (config,) = expand(compose([])).adapters
+    a_run(tmp_path / "out", config, finished=False)
+    said = refused(capsys, "template.lora.rank=4")
+    assert "adapters.adapter.lora.rank=4: must be 8, as in the run that out holds" in said
+    assert "run.fresh=true" in said
+
+
+def test_fresh_moves_an_earlier_run_aside_and_nothing_else(tmp_path: Path, capsys: Output) -> None:
+    (config,) = expand(compose([])).adapters
+    folder = tmp_path / "out"
+    a_run(folder, config, finished=True)
+    assert move_aside(folder) == tmp_path / "out.1"
+    assert (tmp_path / "out.1" / "summary.json").is_file()
+    assert not folder.exists()
+    assert move_aside(folder) is None
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("mine")
+    with pytest.raises(SettingError, match="must be empty or an earlier run"):
+        move_aside(folder)
+    assert "must be empty or an earlier run" in refused(capsys, "run.fresh=true")
+
+
+def test_cfg_prints_the_configuration_that_would_run(capsys: Output) -> None:
+    assert run("--cfg", "adapters=demo", "sweep.rank=[2,4]") == 0
+    printed = expand(yaml.safe_load(capsys.readouterr().out))
+    assert printed == expand(compose(["cluster.dashboard_port=0", "run.dir=out", "adapters=demo", "sweep.rank=[2,4]"]))
+    assert len(printed.adapters) == 16
+
+
+def test_help_names_every_group_every_choice_and_the_main_settings(capsys: Output) -> None:
+    assert run("--help") == 0
+    page = capsys.readouterr().out
+    for group, choices in descriptions().items():
+        assert f"{group}=" in page
+        assert all(choice in page for choice in choices)
+    for word in ("sweep.learning_rate=", "run.fresh", "--config-dir", "max_staleness", "lora.rank", "weft adapters=demo"):
+        assert word in page
+    assert max(map(len, page.splitlines())) <= 120
+
+
+def test_the_installed_command_answers(tmp_path: Path) -> None:
+    done = subprocess.run([Path(sys.executable).with_name("weft"), "template.lora.rank=0"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "weft: template.lora.rank=0: must be from 1 to 512\n"
+    assert json.dumps([path.name for path in tmp_path.iterdir()]) == "[]"
