@@ -189,7 +189,8 @@ class Cluster:
         return Process(name, handle, endpoint, pid)
 
     def _note(self, name: str, endpoint: str, pid: int) -> None:
-        """One line a started process, for whoever looks after the run: which pid is which, and how often it had to be started."""
+        """One line a started process: which pid is which, and how often it had to be started."""
+        self._folder.mkdir(parents=True, exist_ok=True)
         with (self._folder / PROCESSES_FILE).open("a") as file:
             file.write(json.dumps({"time": time.time(), "name": name, "pid": pid, "endpoint": endpoint}) + "\n")
 

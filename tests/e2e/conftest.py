@@ -1,0 +1,135 @@
+"""Whole runs: the console script in a process of its own, with real Ray, vLLM, ZeroMQ and gloo."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+RUN_DEADLINE_S = 420.0
+
+
+@dataclass
+class Run:
+    """One `weft` process and what it writes."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+    log: Path
+
+    def wait(self) -> int:
+        """Exit status; the log is shown when the run does not end in time."""
+        try:
+            return self.process.wait(RUN_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"the run did not end within {RUN_DEADLINE_S:g} s:\n{self.output()[-4000:]}")
+
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def summary(self) -> dict[str, Any]:
+        summary: dict[str, Any] = json.loads((self.folder / "summary.json").read_text())
+        return summary
+
+    def steps(self) -> list[dict[str, Any]]:
+        return self._lines("metrics.jsonl")
+
+    def pid(self, name: str) -> int:
+        """The newest process of that name, such as sampler-0."""
+        return [int(line["pid"]) for line in self._lines("processes.jsonl") if line["name"] == name][-1]
+
+    def starts(self, name: str) -> int:
+        return sum(line["name"] == name for line in self._lines("processes.jsonl"))
+
+    def kill(self, name: str) -> None:
+        os.kill(self.pid(name), signal.SIGKILL)
+
+    def wait_until(self, condition: Callable[[], bool], what: str) -> None:
+        """Follows the run's own output; ends with the run or the deadline."""
+        waited = 0.0
+        while not condition():
+            if self.process.poll() is not None:
+                pytest.fail(f"the run ended (status {self.process.returncode}) before {what}:\n{self.output()[-4000:]}")
+            if waited > RUN_DEADLINE_S:
+                pytest.fail(f"not within {RUN_DEADLINE_S:g} s: {what}\n{self.output()[-4000:]}")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.1)
+            waited += 0.1
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        path = self.folder / name
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text.split("\n")[:-1]]  # what follows the last newline is being written
+
+
+Start = Callable[..., Run]
+
+
+@pytest.fixture(scope="module")
+def weft(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """start(folder, *overrides) begins a run in `folder`; whatever still runs at the end of the module is ended, by pid."""
+    started: list[Run] = []
+
+    def start(folder: Path, *overrides: str) -> Run:
+        log = tmp_path_factory.mktemp("log") / "output.txt"
+        command = [sys.executable, "-m", "weft.pipeline.main", f"run.dir={folder}", "run.table=plain", *overrides]
+        with log.open("w") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True)
+        started.append(Run(process, folder, log))
+        return started[-1]
+
+    yield start
+    for run in started:
+        if run.process.poll() is None:
+            family = psutil.Process(run.process.pid).children(recursive=True)
+            run.process.kill()
+            for process in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            run.process.wait()
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """--config-dir of a user's own adapters: three quick ones over two tasks, of different rank, loss and bound."""
+    folder = tmp_path_factory.mktemp("configs") / "adapters"
+    folder.mkdir()
+    (folder / "three.yaml").write_text(ADAPTERS)
+    return f"--config-dir={folder.parent}"
+
+
+ADAPTERS = """\
+# @package _global_
+# three quick ones
+template:
+  num_steps: 12
+  batch_size: 32
+  group_size: 8
+  eval_prompts: 32
+  lora: {rank: 8, alpha: 16}
+  optimizer: {learning_rate: 5e-3}
+  sampling: {max_tokens: 48}
+adapters:
+  calculator-strict: {max_staleness: 0}
+  calculator-cispo:
+    max_staleness: 2
+    lora: {rank: 16, alpha: 32, target_modules: [q_proj, v_proj, down_proj]}
+    loss: {name: cispo, advantage: rloo}
+  spelling:
+    max_staleness: 1
+    lora: {rank: 4, alpha: 8}
+    loss: {name: dr_grpo, advantage: dr_grpo}
+    environment:
+      target: reasoning_gym
+      settings: {task: spell_backward}
+"""

@@ -1,0 +1,77 @@
+"""kill -9 of every kind of process in the middle of a run: nothing checkpointed is lost, and the run ends as it should."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+STEPS = 9
+SHORT = ("adapters=three", f"every.num_steps={STEPS}", "every.eval_prompts=8", "run.checkpoint_every=2")
+OVERRIDES = (*SHORT, "cluster.dashboard_port=0")
+
+
+def _steps_of(run: Any, name: str = "") -> int:
+    return sum(not name or step["adapter"] == name for step in run.steps())
+
+
+def test_a_run_outlives_the_death_of_its_sampler_relay_and_trainer(weft: Any, adapters: str, tmp_path: Path) -> None:
+    run = weft(tmp_path / "run", adapters, *OVERRIDES)
+    run.wait_until(lambda: _steps_of(run) >= 3, "the first steps")
+    run.kill("sampler-0")
+    run.wait_until(lambda: run.starts("sampler-0") == 2, "a new sampler")
+    after = _steps_of(run)
+    run.wait_until(lambda: _steps_of(run) >= after + 3, "steps with the new sampler")
+    run.kill("param-sync")
+    run.wait_until(lambda: run.starts("param-sync") == 2, "a new relay")
+    after = _steps_of(run)
+    run.wait_until(lambda: _steps_of(run) >= after + 3, "steps with the new relay")
+    run.kill("trainer-0")
+    assert run.wait() == 0, run.output()[-4000:]
+    summary = run.summary()
+    assert run.starts("trainer-0") == 2
+    assert {adapter["version"] for adapter in summary["adapters"].values()} == {STEPS}
+    assert {adapter["state"] for adapter in summary["adapters"].values()} == {"finished"}
+    assert summary["staleness_violations"] == 0
+    lineages = {step["lineage"] for step in run.steps()}
+    assert len(lineages) == 2, "the trainer's death began a new lineage, the others' deaths did not"
+    assert max(step["logprob_diff"] for step in run.steps() if "logprob_diff" in step) < 1e-3
+
+
+def test_a_killed_driver_goes_on_from_its_checkpoints_and_leaves_no_process(weft: Any, adapters: str, tmp_path: Path) -> None:
+    run = weft(tmp_path / "run", adapters, *OVERRIDES)
+    run.wait_until(lambda: all(_steps_of(run, name) >= 3 for name in NAMES), "three steps of each")
+    family = psutil.Process(run.process.pid).children(recursive=True)
+    os.kill(run.process.pid, signal.SIGKILL)
+    run.process.wait()
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive, [process.cmdline() for process in alive]
+    before = {name: max(step["step"] for step in run.steps() if step["adapter"] == name) for name in NAMES}
+    steps_before = len(run.steps())
+    again = weft(tmp_path / "run", adapters, *OVERRIDES)
+    assert again.wait() == 0, again.output()[-4000:]
+    adapters_ = again.summary()["adapters"]
+    assert {name: adapter["version"] for name, adapter in adapters_.items()} == dict.fromkeys(NAMES, STEPS)
+    for name in NAMES:
+        redone = [step["step"] for step in again.steps()[steps_before:] if step["adapter"] == name]
+        assert redone == list(range(redone[0], STEPS + 1))
+        assert redone[0] > before[name] - 2, "at most checkpoint_every - 1 steps are taken again"
+        assert adapters_[name]["eval_base"] is not None, "known from before the kill"
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_ends_in_order(weft: Any, adapters: str, tmp_path: Path, signal_number: signal.Signals) -> None:
+    run = weft(tmp_path / "run", adapters, *OVERRIDES)
+    run.wait_until(lambda: run.starts("trainer-0") == 1, "its processes")
+    family = psutil.Process(run.process.pid).children(recursive=True)
+    run.process.send_signal(signal_number)
+    assert run.wait() == 130, run.output()[-4000:]
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive, [process.cmdline() for process in alive]
+
+
+NAMES = ("calculator-strict", "calculator-cispo", "spelling")

@@ -1,0 +1,124 @@
+"""A whole run learns, keeps its bounds, and leaves adapters that others can load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def run(weft: Any, adapters: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    run = weft(tmp_path_factory.mktemp("learning") / "run", adapters, "adapters=three", "cluster.dashboard_port=0")
+    assert run.wait() == 0, run.output()[-4000:]
+    return run
+
+
+def test_held_out_success_rises(run: Any) -> None:
+    for name, adapter in run.summary()["adapters"].items():
+        assert adapter["state"] == "finished"
+        assert adapter["version"] == 12
+        assert adapter["eval_final"] > adapter["eval_base"] + 0.15, (name, adapter)
+
+
+def test_no_adapter_exceeds_its_bound_and_asynchrony_is_real(run: Any) -> None:
+    summary = run.summary()
+    assert summary["staleness_violations"] == 0
+    seen = {name: adapter["max_staleness_seen"] for name, adapter in summary["adapters"].items()}
+    assert seen["calculator-strict"] == 0
+    assert 1 <= seen["calculator-cispo"] <= 2
+    assert seen["spelling"] == 1
+
+
+def test_trainer_and_sampler_agree_on_every_log_probability(run: Any) -> None:
+    differences = [step["logprob_diff"] for step in run.steps() if "logprob_diff" in step]
+    first = [step["logprob_diff"] for step in run.steps() if step["step"] == 1]
+    assert len(first) == 3
+    assert max(differences) < 1e-3
+
+
+def test_every_promised_number_is_in_the_summary(run: Any) -> None:
+    summary = run.summary()
+    assert summary["wall_seconds"] > 0
+    for adapter in summary["adapters"].values():
+        assert {"state", "version", "eval_base", "eval_final", "max_staleness", "max_staleness_seen"} <= adapter.keys()
+        assert adapter["tokens_trained"] > 0
+        assert adapter["tokens_sampled"] > 0
+        assert Path(adapter["peft_path"]).is_dir()
+
+
+def test_the_folder_holds_the_report_the_plots_and_tensorboard(run: Any) -> None:
+    report = (run.folder / "report.html").read_text()
+    assert "calculator-cispo" in report
+    assert 'src="http' not in report
+    assert list(run.folder.glob("**/*.png"))
+    assert list(run.folder.glob("tensorboard/*/events.out.tfevents.*"))
+    assert len(run.steps()) == 36
+
+
+def test_the_same_command_again_says_that_it_has_finished(run: Any, weft: Any, adapters: str) -> None:
+    before = (run.folder / "summary.json").read_bytes()
+    again = weft(run.folder, adapters, "adapters=three", "cluster.dashboard_port=0")
+    assert again.wait() == 0
+    assert "finished" in again.output()
+    assert (run.folder / "summary.json").read_bytes() == before
+
+
+def test_peft_folders_load_in_peft_and_in_vllm_with_the_same_log_probabilities(run: Any) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from weft.actors.base_model import tiny_path
+
+    folders = {name: adapter["peft_path"] for name, adapter in run.summary()["adapters"].items()}
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path())
+    tokens = tokenizer.apply_chat_template([{"role": "user", "content": "What is 12 + 7?"}], add_generation_prompt=True)
+    tokens = list(tokens["input_ids"] if not isinstance(tokens, list) else tokens)
+    base = AutoModelForCausalLM.from_pretrained(tiny_path(), dtype=torch.float32)
+    theirs = {}
+    for name, folder in folders.items():
+        model = PeftModel.from_pretrained(base, folder)
+        with torch.no_grad():
+            logprobs = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        theirs[name] = [float(logprobs[i, token]) for i, token in enumerate(tokens[1:])]
+        base = model.unload()
+    engines = _in_vllm(tiny_path(), folders, tokens)
+    for name in folders:
+        difference = torch.tensor(theirs[name]) - torch.tensor(engines[name])
+        assert difference.abs().mean() < 1e-3
+    assert theirs["spelling"] != theirs["calculator-strict"]
+
+
+def _in_vllm(model: str, folders: dict[str, str], tokens: list[int]) -> dict[str, list[float]]:
+    """Prompt log-probabilities by vLLM's own LoRARequest from disk, in a process that ends with the engine."""
+    import os
+    import subprocess
+    import sys
+
+    environment = os.environ | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": "127.0.0.1", "VLLM_LOGGING_LEVEL": "ERROR",
+    }
+    command = [sys.executable, "-c", VLLM_SCRIPT, json.dumps([model, folders, tokens])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    answer: dict[str, list[float]] = json.loads(done.stdout.strip().split("\n")[-1])
+    return answer
+
+
+VLLM_SCRIPT = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+model, folders, tokens = json.loads(sys.argv[1])
+llm = LLM(model=model, dtype="float32", enforce_eager=True, enable_lora=True, max_lora_rank=16, max_loras=4, max_model_len=256)
+found = {}
+for number, (name, folder) in enumerate(folders.items(), 1):
+    request = LoRARequest(name, number, folder)
+    output, = llm.generate({"prompt_token_ids": tokens}, SamplingParams(max_tokens=1, prompt_logprobs=0), lora_request=request)
+    found[name] = [step[token].logprob for token, step in zip(tokens[1:], output.prompt_logprobs[1:])]
+print(json.dumps(found))
+"""
