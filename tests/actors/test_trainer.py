@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,32 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from weft.actors.lora import LoraBatch, init_pairs
-from weft.actors.model import Decoder, load_model, save_model
-from weft.actors.peft_folder import read_peft_folder
-from weft.actors.trainer import Trainer
-from weft.configs.expand import to_mapping
-from weft.configs.schema import AdapterConfig, LoraConfig, LossConfig, OptimizerConfig, SamplingConfig, TrainerConfig
+from weft.actors.lora import LoraBatch
+from weft.actors.model import load_model
+from weft.configs.schema import AdapterConfig, LoraConfig, LossConfig, OptimizerConfig, SamplingConfig
 from weft.transport import messages
-from weft.transport.errors import CheckpointError
-from weft.transport.messages import UNSAMPLED, AdapterRef, StepResult, TrainBatch
+from weft.transport.messages import TrainBatch
 
 torch.set_num_threads(1)
-VOCAB = 61
-MODEL = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-}
+VOCAB = 61  # conftest.py: the base's
 FAST = OptimizerConfig(learning_rate=1e-2)
 MIXED = (
     AdapterConfig(name="one", lora=LoraConfig(rank=8), optimizer=FAST),
@@ -62,85 +44,8 @@ MIXED = (
         loss=LossConfig(name="cispo", normalization="sequence", correction="tis", correction_cap=1.1),
     ),
 )
-Make = Callable[..., "Bench"]
-
-
-class Bench:
-    """A trainer, asked synchronously."""
-
-    def __init__(self, base: Path, folder: Path, adapters: Sequence[AdapterConfig], dtype: str, **settings: int) -> None:
-        self.folder = folder
-        self.trainer = Trainer(str(base), dtype, TrainerConfig(**settings), str(folder), str(folder / "slabs"))
-        asyncio.run(self.trainer.start())
-        for config in adapters:
-            self.ask(messages.AddAdapter(to_mapping(config)))
-
-    def ask(self, message: Any) -> Any:
-        return asyncio.run(self.trainer.handle(message))
-
-    def step(self, *batches: TrainBatch) -> dict[str, StepResult]:
-        results = self.ask(messages.TrainStep(batches)).results
-        assert [result.ref.name for result in results] == [batch.ref.name for batch in batches]
-        return {result.ref.name: result for result in results}
-
-    def state(self, name: str) -> Tensor:
-        with self.trainer._store.hold([name]) as (slabs,):
-            return slabs.state.clone()
-
-    def gradient(self, name: str) -> Tensor:
-        with self.trainer._store.hold([name]) as (slabs,):
-            assert slabs.gradient is not None
-            return slabs.gradient.clone()
-
-    def perturb(self, *names: str) -> None:
-        """Give B values, so that the adapter is not the base and A has a gradient."""
-        for name in names:
-            layout = self.trainer._adapters[name].layout
-            with self.trainer._store.hold([name]) as (slabs,):
-                state = slabs.state.clone()
-                for i, (_, b) in enumerate(layout.views(state[0]).values()):
-                    b.normal_(0, 0.1, generator=torch.Generator().manual_seed(i))
-                slabs.replace_state(state)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    decoder, generator = Decoder(MODEL), torch.Generator().manual_seed(1)
-    for name, parameter in decoder.named_parameters():
-        parameter.normal_(1.0 if "norm" in name else 0.0, 0.15, generator=generator)
-    folder = tmp_path_factory.mktemp("base")
-    save_model(decoder, folder)
-    return folder
-
-
-@pytest.fixture
-def make(base: Path, tmp_path: Path) -> Iterator[Make]:
-    made: list[Bench] = []
-
-    def bench(*adapters: AdapterConfig, dtype: str = "float32", **settings: int) -> Bench:
-        made.append(Bench(base, tmp_path / f"trainer-{len(made)}", adapters, dtype, **settings))
-        return made[-1]
-
-    yield bench
-    for one in made:
-        asyncio.run(one.trainer.aclose())
-
-
-def batch(name: str, version: int = 0, rows: int = 6, seed: int = 0, sampled: int | None = None) -> TrainBatch:
-    """Rows of unequal length whose second half is sampled, in two turns with an unsampled token between."""
-    rng = np.random.default_rng([seed, *name.encode()])
-    lengths = rng.integers(6, 15, rows)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    mask = np.concatenate([np.arange(n) >= n // 2 for n in lengths])
-    mask[offsets[1:] - 2] = False
-    tokens = rng.integers(0, VOCAB, offsets[-1]).astype(np.int32)
-    logprobs = np.where(mask, rng.normal(-4.0, 0.5, len(mask)), 0).astype(np.float32)
-    versions = np.where(mask, version if sampled is None else sampled, UNSAMPLED).astype(np.int32)
-    advantages = rng.normal(size=rows).astype(np.float32)
-    groups = (np.arange(rows) // 2).astype(np.int32)
-    counted = int(mask.sum())
-    ref = AdapterRef(name, 0, version)
-    return TrainBatch(ref, tokens, offsets, mask, logprobs, versions, advantages, groups, counted + 5, rows + 1)
+Make = Callable[..., Any]  # conftest.py: adapters' configurations -> Bench
+MakeBatch = Callable[..., TrainBatch]
 
 
 def near(left: Tensor, right: Tensor, relative: float) -> bool:
@@ -150,7 +55,7 @@ def near(left: Tensor, right: Tensor, relative: float) -> bool:
 # ---- law 6: joint equals solo, idle is untouched ----
 
 
-def test_adapters_of_different_shape_and_loss_trained_together_equal_each_alone(make: Make) -> None:
+def test_adapters_of_different_shape_and_loss_trained_together_equal_each_alone(make: Make, batch: MakeBatch) -> None:
     together = make(*MIXED)
     together.perturb(*(config.name for config in MIXED))
     batches = [batch(config.name) for config in MIXED]
@@ -166,7 +71,7 @@ def test_adapters_of_different_shape_and_loss_trained_together_equal_each_alone(
         assert near(together.state(config.name), alone.state(config.name), 1e-5)
 
 
-def test_an_adapter_that_does_not_step_is_unchanged_to_the_bit(make: Make) -> None:
+def test_an_adapter_that_does_not_step_is_unchanged_to_the_bit(make: Make, batch: MakeBatch) -> None:
     bench = make(*MIXED)
     bench.perturb("one", "two")
     bench.step(batch("one"), batch("two"))
@@ -179,7 +84,7 @@ def test_an_adapter_that_does_not_step_is_unchanged_to_the_bit(make: Make) -> No
         assert not torch.equal(bench.state(name), kept[name])
 
 
-def test_the_gradient_is_that_of_a_dense_model_row_by_row(make: Make, base: Path) -> None:
+def test_the_gradient_is_that_of_a_dense_model_row_by_row(make: Make, trainer_base: Path, batch: MakeBatch) -> None:
     """Against a base whose weights have the adapter folded in, one row at a time, the loss written out."""
     config = replace(MIXED[0], loss=LossConfig(name="importance_sampling"), sampling=SamplingConfig(temperature=1.3))
     bench = make(config)
@@ -188,7 +93,7 @@ def test_the_gradient_is_that_of_a_dense_model_row_by_row(make: Make, base: Path
     bench.ask(messages.ForwardBackward((one,)))
     layout = bench.trainer._adapters["one"].layout
     leaf = bench.state("one")[0].requires_grad_()
-    decoder = load_model(base, torch.float32)
+    decoder = load_model(trainer_base, torch.float32)
     loss = torch.zeros(())
     for row in range(len(one.offsets) - 1):
         here = slice(one.offsets[row], one.offsets[row + 1])
@@ -203,7 +108,7 @@ def test_the_gradient_is_that_of_a_dense_model_row_by_row(make: Make, base: Path
     assert near(bench.gradient("one"), leaf.grad, 1e-5)
 
 
-def test_launches_under_a_small_token_budget_equal_one_launch(make: Make) -> None:
+def test_launches_under_a_small_token_budget_equal_one_launch(make: Make, batch: MakeBatch) -> None:
     whole, split = make(*MIXED), make(*MIXED, token_budget=17)
     for version in range(2):
         batches = [batch(config.name, version) for config in MIXED]
@@ -213,7 +118,7 @@ def test_launches_under_a_small_token_budget_equal_one_launch(make: Make) -> Non
             assert near(split.state(config.name), whole.state(config.name), 1e-5)
 
 
-def test_adapters_beyond_the_device_tier_train_as_if_it_were_large(make: Make) -> None:
+def test_adapters_beyond_the_device_tier_train_as_if_it_were_large(make: Make, batch: MakeBatch) -> None:
     large, small = make(*MIXED), make(*MIXED, device_adapters=1, host_adapters=1)
     for version in range(2):
         for some in (MIXED[:3], MIXED[3:]):
@@ -228,7 +133,7 @@ def test_adapters_beyond_the_device_tier_train_as_if_it_were_large(make: Make) -
 # ---- law 7: what is per adapter ----
 
 
-def test_clip_schedule_and_bias_correction_are_each_adapters_own(make: Make) -> None:
+def test_clip_schedule_and_bias_correction_are_each_adapters_own(make: Make, batch: MakeBatch) -> None:
     """Each adapter's steps are torch's AdamW on its own gradients; they begin at different times."""
     bench = make(*MIXED)
     parameters, optimizers = {}, {}
@@ -254,7 +159,7 @@ def test_clip_schedule_and_bias_correction_are_each_adapters_own(make: Make) -> 
     assert bench.trainer._adapters["four"].ref.version == 1
 
 
-def test_the_learning_rate_follows_each_adapters_own_schedule(make: Make) -> None:
+def test_the_learning_rate_follows_each_adapters_own_schedule(make: Make, batch: MakeBatch) -> None:
     linear = OptimizerConfig(learning_rate=1.0, schedule="linear", warmup_steps=2)
     names = {"a": linear, "b": replace(linear, schedule="cosine"), "c": replace(linear, schedule="constant")}
     bench = make(*(AdapterConfig(name=name, num_steps=6, optimizer=settings) for name, settings in names.items()))
@@ -267,7 +172,7 @@ def test_the_learning_rate_follows_each_adapters_own_schedule(make: Make) -> Non
     assert seen["c"] == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]
 
 
-def test_denominators_count_rows_that_were_left_out(make: Make) -> None:
+def test_denominators_count_rows_that_were_left_out(make: Make, batch: MakeBatch) -> None:
     """Rows of advantage 0, in the batch or not: the same gradient."""
     kept = batch("one")
     kept.advantages[2:4] = 0.0
@@ -290,7 +195,7 @@ def test_denominators_count_rows_that_were_left_out(make: Make) -> None:
 
 
 @pytest.mark.parametrize("how", ["advantage", "sampler_logprob", "weights"])
-def test_a_loss_that_is_not_finite_stops_its_adapter_alone(make: Make, how: str) -> None:
+def test_a_loss_that_is_not_finite_stops_its_adapter_alone(make: Make, how: str, batch: MakeBatch) -> None:
     clean, bench = make(*MIXED), make(*MIXED)
     for one in (clean, bench):
         one.perturb("one", "two", "four")
@@ -316,7 +221,7 @@ def test_a_loss_that_is_not_finite_stops_its_adapter_alone(make: Make, how: str)
         assert results[name].metrics == pytest.approx(expected[name].metrics, rel=1e-5, abs=1e-7)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing_and_is_not_kept(make: Make) -> None:
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_not_kept(make: Make, batch: MakeBatch) -> None:
     bench = make(*MIXED[:2])
     bench.ask(messages.ForwardBackward((batch("one"), batch("two"))))
     with bench.trainer._store.hold(["one"]) as (slabs,):
@@ -329,7 +234,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_not_kept(make: Mak
     assert bench.step(batch("one"))["one"].ref.version == 1  # the next gradient starts afresh
 
 
-def test_a_batch_that_must_not_train_is_the_fault_of_its_adapter_alone(make: Make) -> None:
+def test_a_batch_that_must_not_train_is_the_fault_of_its_adapter_alone(make: Make, batch: MakeBatch) -> None:
     bench = make(replace(MIXED[0], max_staleness=1), MIXED[1])
     for version in range(2):
         bench.step(batch("one", version), batch("two", version))
@@ -358,7 +263,7 @@ def test_a_batch_that_must_not_train_is_the_fault_of_its_adapter_alone(make: Mak
 # ---- law 8: cost follows active adapters ----
 
 
-def test_two_hundred_registered_adapters_cost_what_two_do(make: Make) -> None:
+def test_two_hundred_registered_adapters_cost_what_two_do(make: Make, batch: MakeBatch) -> None:
     costs = []
     for registered in (2, 200):
         bench = make(*(replace(MIXED[0], name=f"a{i}") for i in range(registered)), device_adapters=8, host_adapters=500)
@@ -371,7 +276,7 @@ def test_two_hundred_registered_adapters_cost_what_two_do(make: Make) -> None:
     assert costs[0][0] > 0
 
 
-def test_gradients_exist_only_between_backward_and_step(make: Make) -> None:
+def test_gradients_exist_only_between_backward_and_step(make: Make, batch: MakeBatch) -> None:
     bench = make(*MIXED)
     bench.ask(messages.ForwardBackward((batch("one"), batch("two"))))
     assert bench.trainer._store.statistics().gradients == 2
@@ -385,13 +290,13 @@ def test_gradients_exist_only_between_backward_and_step(make: Make) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_cross_entropy_learns_a_batch_by_heart(make: Make, dtype: str) -> None:
+def test_cross_entropy_learns_a_batch_by_heart(make: Make, dtype: str, batch: MakeBatch) -> None:
     bench = make(replace(MIXED[2], lora=LoraConfig(rank=8), optimizer=replace(FAST, learning_rate=3e-2)), dtype=dtype)
     losses = [bench.step(batch("three", version))["three"].metrics["loss"] for version in range(30)]
     assert losses[-1] < 0.4 * losses[0]
 
 
-def test_metrics_say_what_happened_and_nothing_that_did_not(make: Make) -> None:
+def test_metrics_say_what_happened_and_nothing_that_did_not(make: Make, batch: MakeBatch) -> None:
     bench = make(*MIXED)
     results = bench.step(*(batch(config.name) for config in MIXED))
     common = {"loss", "grad_norm", "learning_rate", "entropy", "logprob_diff"}
@@ -408,7 +313,7 @@ def test_metrics_say_what_happened_and_nothing_that_did_not(make: Make) -> None:
     assert statistics.busy_seconds > 0
 
 
-def test_logprob_diff_is_zero_against_the_trainers_own_scores(make: Make) -> None:
+def test_logprob_diff_is_zero_against_the_trainers_own_scores(make: Make, batch: MakeBatch) -> None:
     bench = make(*MIXED)
     bench.perturb("two")
     one = batch("two")
@@ -423,7 +328,7 @@ def test_logprob_diff_is_zero_against_the_trainers_own_scores(make: Make) -> Non
     assert metrics["kl"] == pytest.approx(float((np.exp(gap) - gap - 1).mean()), rel=1e-3)
 
 
-def test_a_step_without_rows_is_a_step_with_gradient_zero(make: Make) -> None:
+def test_a_step_without_rows_is_a_step_with_gradient_zero(make: Make, batch: MakeBatch) -> None:
     """All advantages were 0 and all rows left out: the moments decay, the version goes on."""
     bench = make(*MIXED[:2])
     full = batch("one")
@@ -436,7 +341,7 @@ def test_a_step_without_rows_is_a_step_with_gradient_zero(make: Make) -> None:
     assert results["one"].metrics["loss"] == 0.0
 
 
-def test_statistics_answer_while_the_trainer_computes(make: Make) -> None:
+def test_statistics_answer_while_the_trainer_computes(make: Make, batch: MakeBatch) -> None:
     bench, go = make(MIXED[0]), threading.Event()
 
     async def both() -> None:
@@ -452,128 +357,3 @@ def test_statistics_answer_while_the_trainer_computes(make: Make) -> None:
     asyncio.run(both())
 
 
-# ---- an adapter's life ----
-
-
-def test_the_first_weights_are_pefts_and_the_same_in_every_run(make: Make) -> None:
-    first, second = make(*MIXED), make(*reversed(MIXED))
-    for config in MIXED:
-        state = first.state(config.name)
-        assert torch.equal(state, second.state(config.name))
-        for a, b in first.trainer._adapters[config.name].layout.views(state[0]).values():
-            bound = a.shape[1] ** -0.5  # kaiming uniform with a = sqrt(5)
-            assert float(a.abs().max()) <= bound
-            assert float(a.abs().max()) > 0.5 * bound
-            assert not b.any()
-    assert not torch.equal(first.state("one")[0][:8], first.state("four")[0][:8])
-
-
-def test_adding_again_changes_nothing_and_a_new_lineage_starts_over(make: Make) -> None:
-    bench = make(MIXED[0])
-    fresh = bench.state("one")
-    bench.step(batch("one"))
-    kept = bench.state("one")
-    added = bench.ask(messages.AddAdapter(to_mapping(MIXED[0])))
-    assert added.num_parameters == kept.shape[1]
-    assert torch.equal(bench.state("one"), kept)
-    with pytest.raises(ValueError, match="here with other settings"):
-        bench.ask(messages.AddAdapter(to_mapping(replace(MIXED[0], num_steps=7))))
-    bench.ask(messages.AddAdapter(to_mapping(MIXED[0]), lineage=1))
-    assert torch.equal(bench.state("one"), fresh)
-    assert bench.trainer._adapters["one"].ref == AdapterRef("one", 1, 0)
-
-
-def test_an_adapter_that_cannot_be_is_refused_and_leaves_nothing(make: Make, tmp_path: Path) -> None:
-    bench = make()
-    for lora, text in (
-        (LoraConfig(target_modules=("w_proj",)), "target_modules='w_proj'.*q_proj, k_proj"),
-        (LoraConfig(warm_start=str(tmp_path / "nowhere")), "nowhere: adapter_config.json cannot be read"),
-    ):
-        with pytest.raises(ValueError, match=text):
-            bench.ask(messages.AddAdapter(to_mapping(AdapterConfig(name="bad", lora=lora))))
-    assert bench.ask(messages.GetStatistics()).adapters == {"device": 0, "host": 0, "disk": 0}
-
-
-def test_a_dropped_adapter_is_gone(make: Make) -> None:
-    bench = make(*MIXED[:2])
-    bench.ask(messages.DropAdapter("one"))
-    bench.ask(messages.DropAdapter("one"))
-    with pytest.raises(ValueError, match="'one' is not in this trainer, which has \\['two'\\]"):
-        bench.ask(messages.Save(AdapterRef("one", 0, 0), "/nowhere"))
-    assert "not in this trainer" in bench.step(batch("one"), batch("two"))["one"].fault
-
-
-# ---- weights out and in ----
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_step_after_save_and_load_equals_a_step_without_to_the_bit(make: Make, tmp_path: Path, dtype: str) -> None:
-    bench, other = make(*MIXED, dtype=dtype), make(*MIXED, dtype=dtype)
-    for version in range(3):
-        bench.step(batch("two", version), batch("one", version))
-    saved = bench.ask(messages.Save(AdapterRef("two", 0, 3), str(tmp_path / "saved")))
-    assert set(saved.checksums) == {path.name for path in (tmp_path / "saved").iterdir()}
-    other.ask(messages.ForwardBackward((batch("two", 0),)))  # a gradient that must not survive the load
-    other.ask(messages.Load(AdapterRef("two", 4, 3), str(tmp_path / "saved")))
-    assert torch.equal(other.state("two"), bench.state("two"))
-    left = bench.step(batch("two", 3))["two"]
-    right = other.step(replace(batch("two", 3), ref=AdapterRef("two", 4, 3)))["two"]
-    assert right.ref == AdapterRef("two", 4, 4)
-    assert left.metrics == right.metrics
-    assert torch.equal(other.state("two"), bench.state("two"))
-
-
-def test_a_checkpoint_that_is_altered_or_of_another_shape_changes_nothing(make: Make, tmp_path: Path) -> None:
-    bench = make(*MIXED[:2])
-    bench.ask(messages.Save(AdapterRef("two", 0, 0), str(tmp_path)))
-    kept = bench.state("one")
-    with pytest.raises(ValueError, match="rank=3 there, 8 here"):
-        bench.ask(messages.Load(AdapterRef("one", 1, 0), str(tmp_path)))
-    with pytest.raises(ValueError, match="version=0 there, 9 here"):
-        bench.ask(messages.Load(AdapterRef("two", 1, 9), str(tmp_path)))
-    (file,) = tmp_path.glob("*.safetensors")
-    whole = file.read_bytes()
-    for cut in (len(whole) - 1, 40, 0):
-        file.write_bytes(whole[:cut])
-        with pytest.raises(CheckpointError, match="cut short or altered"):
-            bench.ask(messages.Load(AdapterRef("two", 1, 0), str(tmp_path)))
-    file.unlink()
-    with pytest.raises(CheckpointError):
-        bench.ask(messages.Load(AdapterRef("two", 1, 0), str(tmp_path)))
-    assert torch.equal(bench.state("one"), kept)
-    assert bench.trainer._adapters["two"].ref == AdapterRef("two", 0, 0)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_published_slab_is_the_weights_of_that_version(make: Make, dtype: str) -> None:
-    bench = make(*MIXED, dtype=dtype)
-    first = bench.ask(messages.Publish(AdapterRef("two", 0, 0)))
-    assert first.canary_logprob == pytest.approx(first.base_logprob, abs=1e-6)
-    bench.step(batch("two"))
-    with pytest.raises(AssertionError, match="two/0/0 is asked for, the trainer has two/0/1"):
-        bench.ask(messages.Publish(AdapterRef("two", 0, 0)))
-    handle = bench.ask(messages.Publish(AdapterRef("two", 0, 1)))
-    slab = torch.frombuffer(bytearray(Path(handle.path).read_bytes()), dtype=getattr(torch, dtype))
-    assert torch.equal(slab, bench.state("two")[0].to(slab.dtype))
-    assert (handle.nbytes, handle.rank, handle.scale) == (slab.nbytes, 3, pytest.approx(7 / 3))
-    assert handle.modules == bench.trainer._adapters["two"].layout.modules
-    assert handle.base_logprob == first.base_logprob
-    assert handle.canary_logprob != handle.base_logprob
-    again = bench.ask(messages.Publish(AdapterRef("two", 0, 1)))
-    assert again.path != handle.path  # whoever takes the first removes its own file
-    assert not list(Path(handle.path).parent.glob("*.part"))
-
-
-def test_an_exported_folder_holds_the_weights_and_starts_another_adapter(make: Make, tmp_path: Path) -> None:
-    bench = make(*MIXED)
-    bench.step(batch("two"))
-    bench.ask(messages.Export(AdapterRef("two", 0, 1), str(tmp_path / "peft")))
-    layout = bench.trainer._adapters["two"].layout
-    assert torch.equal(read_peft_folder(tmp_path / "peft", layout, 7.0), bench.state("two")[0])
-    warm = replace(MIXED[1], name="warm", lora=replace(MIXED[1].lora, warm_start=str(tmp_path / "peft")))
-    bench.ask(messages.AddAdapter(to_mapping(warm)))
-    assert torch.equal(bench.state("warm")[0], bench.state("two")[0])
-    assert not bench.state("warm")[1:].any()
-    blank = torch.empty(layout.numel)
-    init_pairs(layout, blank, torch.Generator().manual_seed(0))
-    assert not torch.equal(blank, bench.state("warm")[0])

@@ -1,0 +1,157 @@
+"""An adapter's life in the trainer: made, saved, loaded, published, exported, dropped."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from weft.actors.lora import init_pairs
+from weft.actors.peft_folder import read_peft_folder
+from weft.configs.expand import to_mapping
+from weft.configs.schema import AdapterConfig, LoraConfig, LossConfig, OptimizerConfig
+from weft.transport import messages
+from weft.transport.errors import CheckpointError
+from weft.transport.messages import AdapterRef, TrainBatch
+
+torch.set_num_threads(1)
+ONE = AdapterConfig(name="one", optimizer=OptimizerConfig(learning_rate=1e-2))
+TWO = AdapterConfig(
+    name="two",
+    lora=LoraConfig(rank=3, alpha=7.0, target_modules=("q_proj", "down_proj")),
+    optimizer=OptimizerConfig(learning_rate=3e-3, betas=(0.8, 0.99), weight_decay=0.1),
+    loss=LossConfig(name="gspo", kl_coefficient=0.1),
+)
+Make = Callable[..., Any]  # conftest.py: adapters' configurations -> Bench
+MakeBatch = Callable[..., TrainBatch]
+
+
+# ---- an adapter's life ----
+
+
+def test_the_first_weights_are_pefts_and_the_same_in_every_run(make: Make) -> None:
+    first, second = make(ONE, TWO), make(TWO, ONE)
+    for config in (ONE, TWO):
+        state = first.state(config.name)
+        assert torch.equal(state, second.state(config.name))
+        for a, b in first.trainer._adapters[config.name].layout.views(state[0]).values():
+            bound = a.shape[1] ** -0.5  # kaiming uniform with a = sqrt(5)
+            assert float(a.abs().max()) <= bound
+            assert float(a.abs().max()) > 0.5 * bound
+            assert not b.any()
+    assert not torch.equal(first.state("one")[0][:8], first.state("two")[0][:8])
+
+
+def test_adding_again_changes_nothing_and_a_new_lineage_starts_over(make: Make, batch: MakeBatch) -> None:
+    bench = make(ONE)
+    fresh = bench.state("one")
+    bench.step(batch("one"))
+    kept = bench.state("one")
+    added = bench.ask(messages.AddAdapter(to_mapping(ONE)))
+    assert added.num_parameters == kept.shape[1]
+    assert torch.equal(bench.state("one"), kept)
+    with pytest.raises(ValueError, match="here with other settings"):
+        bench.ask(messages.AddAdapter(to_mapping(replace(ONE, num_steps=7))))
+    bench.ask(messages.AddAdapter(to_mapping(ONE), lineage=1))
+    assert torch.equal(bench.state("one"), fresh)
+    assert bench.trainer._adapters["one"].ref == AdapterRef("one", 1, 0)
+
+
+def test_an_adapter_that_cannot_be_is_refused_and_leaves_nothing(make: Make, tmp_path: Path) -> None:
+    bench = make()
+    for lora, text in (
+        (LoraConfig(target_modules=("w_proj",)), "target_modules='w_proj'.*q_proj, k_proj"),
+        (LoraConfig(warm_start=str(tmp_path / "nowhere")), "nowhere: adapter_config.json cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            bench.ask(messages.AddAdapter(to_mapping(AdapterConfig(name="bad", lora=lora))))
+    assert bench.ask(messages.GetStatistics()).adapters == {"device": 0, "host": 0, "disk": 0}
+
+
+def test_a_dropped_adapter_is_gone(make: Make, batch: MakeBatch) -> None:
+    bench = make(ONE, TWO)
+    bench.ask(messages.DropAdapter("one"))
+    bench.ask(messages.DropAdapter("one"))
+    with pytest.raises(ValueError, match="'one' is not in this trainer, which has \\['two'\\]"):
+        bench.ask(messages.Save(AdapterRef("one", 0, 0), "/nowhere"))
+    assert "not in this trainer" in bench.step(batch("one"), batch("two"))["one"].fault
+
+
+# ---- weights out and in ----
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_after_save_and_load_equals_one_without_to_the_bit(
+    make: Make, tmp_path: Path, dtype: str, batch: MakeBatch
+) -> None:
+    bench, other = make(ONE, TWO, dtype=dtype), make(ONE, TWO, dtype=dtype)
+    for version in range(3):
+        bench.step(batch("two", version), batch("one", version))
+    saved = bench.ask(messages.Save(AdapterRef("two", 0, 3), str(tmp_path / "saved")))
+    assert set(saved.checksums) == {path.name for path in (tmp_path / "saved").iterdir()}
+    other.ask(messages.ForwardBackward((batch("two", 0),)))  # a gradient that must not survive the load
+    other.ask(messages.Load(AdapterRef("two", 4, 3), str(tmp_path / "saved")))
+    assert torch.equal(other.state("two"), bench.state("two"))
+    left = bench.step(batch("two", 3))["two"]
+    right = other.step(replace(batch("two", 3), ref=AdapterRef("two", 4, 3)))["two"]
+    assert right.ref == AdapterRef("two", 4, 4)
+    assert left.metrics == right.metrics
+    assert torch.equal(other.state("two"), bench.state("two"))
+
+
+def test_a_checkpoint_that_is_altered_or_of_another_shape_changes_nothing(make: Make, tmp_path: Path) -> None:
+    bench = make(ONE, TWO)
+    bench.ask(messages.Save(AdapterRef("two", 0, 0), str(tmp_path)))
+    kept = bench.state("one")
+    with pytest.raises(ValueError, match="rank=3 there, 8 here"):
+        bench.ask(messages.Load(AdapterRef("one", 1, 0), str(tmp_path)))
+    with pytest.raises(ValueError, match="version=0 there, 9 here"):
+        bench.ask(messages.Load(AdapterRef("two", 1, 9), str(tmp_path)))
+    (file,) = tmp_path.glob("*.safetensors")
+    whole = file.read_bytes()
+    for cut in (len(whole) - 1, 40, 0):
+        file.write_bytes(whole[:cut])
+        with pytest.raises(CheckpointError, match="cut short or altered"):
+            bench.ask(messages.Load(AdapterRef("two", 1, 0), str(tmp_path)))
+    file.unlink()
+    with pytest.raises(CheckpointError):
+        bench.ask(messages.Load(AdapterRef("two", 1, 0), str(tmp_path)))
+    assert torch.equal(bench.state("one"), kept)
+    assert bench.trainer._adapters["two"].ref == AdapterRef("two", 0, 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_published_slab_is_the_weights_of_that_version(make: Make, dtype: str, batch: MakeBatch) -> None:
+    bench = make(ONE, TWO, dtype=dtype)
+    first = bench.ask(messages.Publish(AdapterRef("two", 0, 0)))
+    assert first.canary_logprob == pytest.approx(first.base_logprob, abs=1e-6)
+    bench.step(batch("two"))
+    with pytest.raises(AssertionError, match="two/0/0 is asked for, the trainer has two/0/1"):
+        bench.ask(messages.Publish(AdapterRef("two", 0, 0)))
+    handle = bench.ask(messages.Publish(AdapterRef("two", 0, 1)))
+    slab = torch.frombuffer(bytearray(Path(handle.path).read_bytes()), dtype=getattr(torch, dtype))
+    assert torch.equal(slab, bench.state("two")[0].to(slab.dtype))
+    assert (handle.nbytes, handle.rank, handle.scale) == (slab.nbytes, 3, pytest.approx(7 / 3))
+    assert handle.modules == bench.trainer._adapters["two"].layout.modules
+    assert handle.base_logprob == first.base_logprob
+    assert handle.canary_logprob != handle.base_logprob
+    again = bench.ask(messages.Publish(AdapterRef("two", 0, 1)))
+    assert again.path != handle.path  # whoever takes the first removes its own file
+    assert not list(Path(handle.path).parent.glob("*.part"))
+
+
+def test_an_exported_folder_holds_the_weights_and_starts_another_adapter(make: Make, tmp_path: Path, batch: MakeBatch) -> None:
+    bench = make(ONE, TWO)
+    bench.step(batch("two"))
+    bench.ask(messages.Export(AdapterRef("two", 0, 1), str(tmp_path / "peft")))
+    layout = bench.trainer._adapters["two"].layout
+    assert torch.equal(read_peft_folder(tmp_path / "peft", layout, 7.0), bench.state("two")[0])
+    warm = replace(TWO, name="warm", lora=replace(TWO.lora, warm_start=str(tmp_path / "peft")))
+    bench.ask(messages.AddAdapter(to_mapping(warm)))
+    assert torch.equal(bench.state("warm")[0], bench.state("two")[0])
+    assert not bench.state("warm")[1:].any()
+    blank = torch.empty(layout.numel)
+    init_pairs(layout, blank, torch.Generator().manual_seed(0))
+    assert not torch.equal(blank, bench.state("warm")[0])
