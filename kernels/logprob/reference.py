@@ -39,12 +39,10 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk):
             at = slice(start, start + chunk)
             logits = (hidden[at] @ head.T).float().div_(temperature[at, None])  # [c, V]
-            picked = logits.gather(1, targets[at, None]).squeeze(1)
-            normaliser = logits.logsumexp(dim=1)
-            probs = torch.sub(logits, normaliser[:, None]).exp_()
-            logprobs[at] = picked - normaliser
-            # not sum(p log p): where p is 0, its logit may be -inf
-            entropy[at] = normaliser - torch.where(probs > 0, logits * probs, 0.0).sum(dim=1)
+            all_logprobs = logits.log_softmax(dim=1)
+            probs = all_logprobs.exp()
+            logprobs[at] = all_logprobs.gather(1, targets[at, None]).squeeze(1)
+            entropy[at] = -torch.linalg.vecdot(probs, all_logprobs)
             if direction is not None:
                 probs.neg_().scatter_add_(1, targets[at, None], torch.ones_like(probs[:, :1]))
                 direction[at] = probs.to(head.dtype) @ head
