@@ -121,8 +121,8 @@ class Learner:
             if adapter.fault or gradient is None:
                 adapter.fault = adapter.fault or f"adapter {adapter.name!r} holds no gradient to step with"
                 return {"learning_rate": lr}
-            rule = (settings.betas, settings.eps, settings.weight_decay, settings.max_grad_norm)
-            norm = adamw_step(*slabs.state, gradient, slabs.weights, step, lr, *rule)
+            rule = (step, lr, settings.betas, settings.eps, settings.weight_decay, settings.max_grad_norm)
+            norm = adamw_step(slabs.master, slabs.exp_avg, slabs.exp_avg_sq, gradient, slabs.weights, *rule)
         if not math.isfinite(norm):
             adapter.fault = f"gradient of {adapter.ref} is not finite: its norm is {norm}"
             return {"learning_rate": lr}
@@ -179,7 +179,7 @@ class Learner:
                 adapter.fault = f"loss of {adapter.ref} ({adapter.config.loss.name}) is not finite: {float(loss.detach())}"
         whole = [loss for loss, good in zip(losses, finite, strict=True) if good]
         if whole:
-            torch.stack(whole).sum().backward()
+            torch.autograd.backward(torch.stack(whole).sum())
 
     def _logprobs(
         self, pieces: Sequence[Piece], adapters: Sequence[Adapter], leaves: Sequence[Mapping[str, LoraPair]] | None
@@ -194,7 +194,7 @@ class Learner:
         temperatures = torch.tensor([adapters[piece.adapter].config.sampling.temperature for piece in pieces])
         temperature = temperatures.repeat_interleave(torch.tensor(launch.loss_tokens)).to(self._device)
         logprobs, entropy = token_logprobs(hidden, self._decoder.head, launch.targets, temperature)
-        return logprobs.split(launch.loss_tokens), entropy.split(launch.loss_tokens)
+        return torch.split(logprobs, launch.loss_tokens), torch.split(entropy, launch.loss_tokens)
 
     @torch.no_grad()
     def _base_logprobs(self, pieces: Sequence[Piece], adapters: Sequence[Adapter]) -> dict[int, Tensor]:
@@ -208,7 +208,8 @@ class Learner:
     def _loss_tokens(self, piece: Piece, adapter: Adapter, logprobs: Tensor, base_logprobs: Tensor | None) -> LossTokens:
         staleness = np.where(piece.versions == UNSAMPLED, 0, adapter.ref.version - piece.versions).astype(np.float32)
         arrays = (piece.sampler_logprobs, piece.advantages, piece.rows, piece.row_tokens, staleness)
-        return LossTokens(logprobs, *(torch.from_numpy(array).to(self._device) for array in arrays), base_logprobs)
+        sampler, advantages, rows, row_tokens, stale = (torch.from_numpy(array).to(self._device) for array in arrays)
+        return LossTokens(logprobs, sampler, advantages, rows, row_tokens, stale, base_logprobs)
 
 
 def learning_rate(settings: OptimizerConfig, version: int, num_steps: int) -> float:
