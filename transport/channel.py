@@ -109,8 +109,8 @@ class Server:
 
     async def aclose(self) -> None:
         """Stop: requests in flight are cancelled here and end with PeerDiedError at their callers."""
-        await self._responder.aclose()
-        self._close()
+        if await self._responder.aclose():
+            self._close()
 
     def statistics(self) -> ServerStatistics:
         return self._responder.statistics()

@@ -47,8 +47,8 @@ class Server:
             self._disconnect()
 
     async def aclose(self) -> None:
-        await self._responder.aclose()
-        self._disconnect()
+        if await self._responder.aclose():
+            self._disconnect()
 
     def statistics(self) -> ServerStatistics:
         return self._responder.statistics()

@@ -240,6 +240,8 @@ class Responder:
     async def serve(self, listen: Callable[[], None]) -> None:
         """Handle requests until `aclose`. `listen` is called once handlers can run: from then on the wire calls `receive`."""
         assert self._tasks is None, "one serve() a server"
+        if self._closing.is_set():
+            return
         try:
             async with asyncio.TaskGroup() as self._tasks:
                 try:
@@ -252,11 +254,16 @@ class Responder:
         finally:
             self._ended.set()
 
-    async def aclose(self) -> None:
-        """Cancel the handlers that run (their callers get PeerDiedError) and wait for them; a handler itself may call this."""
+    async def aclose(self) -> bool:
+        """Cancel the handlers that run (their callers get PeerDiedError) and wait for them. A handler itself may call this:
+        then it is not over yet, and this says False."""
         self._closing.set()
-        if self._tasks is not None and asyncio.current_task() not in self._running.values():
-            await self._ended.wait()
+        if self._tasks is None:
+            return True
+        if asyncio.current_task() in self._running.values():
+            return False
+        await self._ended.wait()
+        return True
 
     def receive(self, peer: bytes, frames: Sequence[Buffer]) -> None:
         """What came from `peer`. Nothing that a peer sends raises here."""
