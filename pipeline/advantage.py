@@ -16,7 +16,8 @@ STD_FLOOR = 1e-6  # keeps GRPO finite where siblings nearly agree
 
 def grpo(rewards: Rewards) -> Rewards:
     """(reward - mean) / std over the siblings (DeepSeekMath, Shao et al. 2024); std of the population."""
-    return dr_grpo(rewards) / (rewards.std(axis=1, keepdims=True) + STD_FLOOR)
+    spread: Rewards = rewards.std(axis=1, keepdims=True)
+    return dr_grpo(rewards) / (spread + STD_FLOOR)
 
 
 def dr_grpo(rewards: Rewards) -> Rewards:
@@ -29,7 +30,8 @@ def dr_grpo(rewards: Rewards) -> Rewards:
 def rloo(rewards: Rewards) -> Rewards:
     """reward - mean of the other siblings (leave one out: Kool et al. 2019, Ahmadian et al. 2024) = centred * G / (G - 1)."""
     siblings = rewards.shape[1]
-    return dr_grpo(rewards) * (siblings / (siblings - 1))
+    centred: Rewards = dr_grpo(rewards) * (siblings / (siblings - 1))
+    return centred
 
 
 def reinforce(rewards: Rewards) -> Rewards:

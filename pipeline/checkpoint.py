@@ -204,7 +204,7 @@ def _digest(body: Any) -> str:
 
 
 def _write_sealed(path: Path, body: Any) -> None:
-    path.write_text(json.dumps({"body": body, "sha256": _digest(body)}, indent=1))
+    path.write_text(json.dumps({"body": body, "sha256": _digest(body)}))
 
 
 def _replace_sealed(path: Path, body: Any) -> None:

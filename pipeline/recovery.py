@@ -24,7 +24,7 @@ class Recovery:
     """Of all adapters of one run."""
 
     def __init__(self, settings: RunConfig, trainers: Trainers, journal: Journal) -> None:
-        self._settings = settings
+        self._folder = Path(settings.dir).absolute()  # a trainer has a working directory of its own
         self._trainers = trainers
         self._journal = journal
 
@@ -73,7 +73,7 @@ class Recovery:
     async def export(self, adapter: Adapter) -> None:
         """Write the PEFT folder, and note that the adapter is done if it is."""
         self._journal.enter(adapter, Phase.EXPORTING)
-        final = Path(self._settings.dir) / "adapters" / adapter.name
+        final = self._folder / "adapters" / adapter.name
         written = final.with_name(f".{adapter.name}.writing")
         await asyncio.to_thread(_empty_folder, written)
         await self._trainers.export(adapter.ref, str(written))
@@ -83,7 +83,7 @@ class Recovery:
             await asyncio.to_thread(self._checkpoints(adapter.name).finish, adapter.config, adapter.progress)
 
     def _checkpoints(self, name: str) -> Checkpoints:
-        return Checkpoints(self._settings.dir, name, KEEP)
+        return Checkpoints(str(self._folder), name, KEEP)
 
 
 def _empty_folder(path: Path) -> None:

@@ -26,18 +26,9 @@ from weft.configs.schema import AdapterConfig, LossConfig, RunConfig, TrainerCon
 from weft.pipeline.events import Event, PipelineStatistics
 from weft.pipeline.interfaces import Pools
 from weft.pipeline.run import Pipeline
+from weft.transport import messages
 from weft.transport.errors import AdapterFault, PeerDiedError
-from weft.transport.messages import (
-    UNSAMPLED,
-    AdapterRef,
-    Distributed,
-    Group,
-    Sample,
-    Saved,
-    StepResult,
-    StepResults,
-    TrainBatch,
-)
+from weft.transport.messages import UNSAMPLED, AdapterRef, Group, Sample, TrainBatch
 
 T = TypeVar("T")
 
@@ -246,7 +237,7 @@ class SimulatedTrainers:
         assert not self.stepping or name not in self.world.launches[-1], "dropped under a launch"
         self.held.pop(name, None)
 
-    async def step(self, batches: Sequence[TrainBatch]) -> StepResults:
+    async def step(self, batches: Sequence[TrainBatch]) -> messages.StepResults:
         assert not self.stepping, "two launches at once"
         for batch in batches:
             self._weights(batch.ref)
@@ -256,12 +247,12 @@ class SimulatedTrainers:
             await self.process.work(self.world.train_seconds)
         finally:
             self.stepping = False
-        return StepResults(tuple(self._train(batch) for batch in batches), self.world.train_seconds)
+        return messages.StepResults(tuple(self._train(batch) for batch in batches), self.world.train_seconds)
 
-    def _train(self, batch: TrainBatch) -> StepResult:
+    def _train(self, batch: TrainBatch) -> messages.StepResult:
         ref, config = batch.ref, self.world.configs[batch.ref.name]
         if self.world.loss_fault(ref):
-            return StepResult(ref, len(batch.tokens), {}, "the loss is nan")
+            return messages.StepResult(ref, len(batch.tokens), {}, "the loss is nan")
         weights = self._weights(ref)
         prompts = tuple(int(token) for token in batch.tokens[batch.offsets[:-1]][:: config.group_size])
         oldest = int(batch.versions[batch.mask].min()) if batch.mask.any() else ref.version
@@ -272,14 +263,14 @@ class SimulatedTrainers:
         steps.append(prompts)
         weights.version += 1
         weights.digest = hashlib.sha256(f"{weights.digest}{prompts}".encode()).hexdigest()
-        return StepResult(ref, len(batch.tokens), {"loss": 0.5})
+        return messages.StepResult(ref, len(batch.tokens), {"loss": 0.5})
 
-    async def save(self, ref: AdapterRef, folder: str) -> Saved:
+    async def save(self, ref: AdapterRef, folder: str) -> messages.Saved:
         weights = self._weights(ref)
         await self.process.work(0.05)
         text = json.dumps({"version": weights.version, "digest": weights.digest})
         (Path(folder) / "weights.json").write_text(text)
-        return Saved({"weights.json": hashlib.sha256(text.encode()).hexdigest()})
+        return messages.Saved({"weights.json": hashlib.sha256(text.encode()).hexdigest()})
 
     async def load(self, ref: AdapterRef, folder: str) -> None:
         await self.process.work(0.05)
@@ -314,7 +305,7 @@ class SimulatedSync:
     def __init__(self, world: World, samplers: SimulatedSamplers, trainers: SimulatedTrainers) -> None:
         self.world, self.samplers, self.trainers = world, samplers, trainers
 
-    async def publish(self, ref: AdapterRef, supersedes: AdapterRef | None) -> Distributed:
+    async def publish(self, ref: AdapterRef, supersedes: AdapterRef | None) -> messages.Distributed:
         digest = self.trainers.weights(ref).digest
         assert self.world.names.setdefault(ref, digest) == digest, f"law 2: {ref} named other weights before"
         assert supersedes is None or supersedes in self.world.acknowledged
@@ -324,7 +315,7 @@ class SimulatedSync:
         self.world.acknowledged.add(ref)
         if supersedes is not None:
             self.world.acknowledged.discard(supersedes)
-        return Distributed(0.0, 0.0, 0.0)
+        return messages.Distributed(0.0, 0.0, 0.0)
 
 
 @dataclass

@@ -9,7 +9,7 @@ import pytest
 
 from weft.configs.schema import LossConfig
 from weft.pipeline import run as run_module
-from weft.pipeline.events import AdapterFailed, CheckpointWritten, LaunchEnded, Phase, StepTaken, Warned
+from weft.pipeline.events import AdapterFailed, CheckpointWritten, LaunchEnded, Phase, PhaseChanged, StepTaken, Warned
 from weft.pipeline.run import Pipeline
 from weft.pipeline.staleness import StalenessError, StalenessGate
 from weft.transport.errors import InstallError
@@ -231,6 +231,23 @@ def test_a_trainers_death_rolls_back_its_adapters_under_a_new_lineage(simulation
         assert outcome.statistics.adapters[config.name].rollbacks == 1
         assert world.trained[config.name] == in_order(config)
     assert any("a trainer died" in event.message for event in outcome.events if isinstance(event, Warned))
+
+
+def test_a_trainers_death_is_told_at_once_to_adapters_that_wait_for_rollouts(simulation, memory_folder):
+    async def beside(simulated):
+        await asyncio.sleep(20.2)
+        await simulated.trainers.process.die()
+
+    world = simulation.World(random.Random(0), capacity=4, rollout_seconds=0.5, train_seconds=0.5, spread=False)
+    slow = simulation.adapter_config("slow", num_steps=2, batch_size=200)
+    outcome = simulation.simulate(world, memory_folder, [simulation.adapter_config("fast", num_steps=60), slow], beside)
+    rolled_back = {
+        event.adapter: event.time
+        for event in outcome.events
+        if isinstance(event, PhaseChanged) and event.phase is Phase.ROLLING_BACK
+    }
+    assert rolled_back["slow"] == pytest.approx(rolled_back["fast"])
+    assert {adapter.rollbacks for adapter in outcome.statistics.adapters.values()} == {1}
 
 
 def test_adapters_join_and_leave_a_running_pipeline(simulation, memory_folder):
