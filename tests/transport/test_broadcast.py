@@ -1,0 +1,242 @@
+"""Groups over gloo between processes; each test may kill its own. Run as a program, this file is one member."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from weft.transport.broadcast import BroadcastGroup, RendezvousStore
+from weft.transport.errors import DeadlineError, PeerDiedError, RendezvousError, WeftError
+
+LONG_S = 30.0  # a deadline that nothing here may reach
+SIZES = (1, 7, 1_000_003)
+
+
+class MemberProcess:
+    """One member in a process of its own, forked from a server that has imported torch. It does as it is told."""
+
+    def __init__(self) -> None:
+        forks = multiprocessing.get_context("forkserver")
+        forks.set_forkserver_preload(["pytest", "weft.transport.broadcast"])
+        self._pipe, theirs = forks.Pipe()
+        self._process = forks.Process(target=runpy.run_path, args=(__file__, {"PIPE": theirs}, "__main__"), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def tell(self, *words: Any) -> None:
+        self._pipe.send(words)
+
+    def hear(self) -> Any:
+        assert self._pipe.poll(LONG_S), "the member says nothing"
+        return self._pipe.recv()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def _be_a_member(pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    groups: dict[str, BroadcastGroup] = {}
+    for word, *rest in iter(pipe.recv, ("end",)):
+        if word == "join":
+            store, epoch, rank, size, deadline_s = rest
+            groups[epoch] = BroadcastGroup(store, epoch, rank, size, "gloo", deadline_s)
+        elif word == "receive":
+            epoch, size, dtype = rest
+            tensor = torch.zeros(size, dtype=dtype)
+            try:
+                groups[epoch].broadcast(tensor)
+                pipe.send(tensor.view(torch.uint8).numpy().tobytes())
+            except WeftError as error:
+                pipe.send(error)
+        elif word == "default-group":
+            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+            pipe.send(dist.get_backend())
+        elif word == "reduce":
+            one = torch.ones(1)
+            dist.all_reduce(one)
+            pipe.send(one.item())
+
+
+@pytest.fixture
+def member() -> Iterator[Callable[[], MemberProcess]]:
+    started: list[MemberProcess] = []
+
+    def make() -> MemberProcess:
+        started.append(MemberProcess())
+        return started[-1]
+
+    yield make
+    for process in started:
+        process.kill()
+
+
+@pytest.fixture
+def store() -> RendezvousStore:
+    return RendezvousStore()
+
+
+Make = Callable[[], MemberProcess]
+
+
+def formed(store: RendezvousStore, epoch: str, members: list[MemberProcess], deadline_s: float = LONG_S) -> BroadcastGroup:
+    """Rank 0 of a group of these, through its first broadcast."""
+    size = len(members) + 1
+    for rank, process in enumerate(members, 1):
+        process.tell("join", store.address, epoch, rank, size, deadline_s)
+        process.tell("receive", epoch, 1, torch.uint8)
+    root = BroadcastGroup(store.address, epoch, 0, size, "gloo", deadline_s)
+    root.broadcast(torch.tensor([5], dtype=torch.uint8))
+    assert [process.hear() for process in members] == [b"\x05"] * len(members)
+    return root
+
+
+def test_every_dtype_and_odd_size_arrives_to_the_bit(member: Make, store: RendezvousStore):
+    members = [member() for _ in range(3)]
+    root = formed(store, "1", members)
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16, torch.uint8):
+        for size in SIZES:
+            bits = torch.randint(0, 256, (size * dtype.itemsize,), dtype=torch.uint8, generator=generator)
+            for process in members:
+                process.tell("receive", "1", size, dtype)
+            root.broadcast(bits.view(dtype))
+            assert {process.hear() for process in members} == {bits.numpy().tobytes()}
+    statistics = root.statistics()
+    assert (statistics.broadcasts, statistics.nbytes) == (10, 1 + 7 * sum(SIZES))
+    root.close()
+
+
+def test_a_tensor_of_any_shape_is_its_bytes_and_an_empty_one_is_nothing(member: Make, store: RendezvousStore):
+    process = member()
+    root = formed(store, "1", [process])
+    process.tell("receive", "1", 6, torch.float32)
+    root.broadcast(torch.arange(6, dtype=torch.float32).reshape(2, 3))
+    assert process.hear() == torch.arange(6, dtype=torch.float32).numpy().tobytes()
+    process.tell("receive", "1", 0, torch.float32)
+    root.broadcast(torch.zeros(0))
+    assert process.hear() == b""
+
+
+def test_a_group_of_one_needs_nobody():
+    BroadcastGroup("127.0.0.1:1", "1", 0, 1).broadcast(torch.ones(3))
+
+
+def test_a_member_that_never_comes_is_told_by_the_ranks_that_came(member: Make, store: RendezvousStore):
+    process = member()
+    process.tell("join", store.address, "1", 2, 3, LONG_S)
+    process.tell("receive", "1", 1, torch.uint8)
+    root = BroadcastGroup(store.address, "1", 0, 3, "gloo", 2.0)
+    started = time.monotonic()
+    with pytest.raises(RendezvousError, match=r"group 1 did not form in 2 s: ranks \[0, 2\] of 3 came|ranks \[0\] of 3 came"):
+        root.broadcast(torch.zeros(1, dtype=torch.uint8))
+    assert time.monotonic() - started < 10
+    store.dissolve("1")
+    assert type(process.hear()) is RendezvousError  # long before its own deadline
+
+
+def test_kill_9_in_the_middle_is_an_error_within_the_deadline_and_a_new_epoch_works(member: Make, store: RendezvousStore):
+    members = [member() for _ in range(3)]
+    root = formed(store, "1", members)
+    members[1].kill()  # while the others wait for the next broadcast
+    for index in (0, 2):
+        members[index].tell("receive", "1", 1_000_003, torch.uint8)
+    started = time.monotonic()
+    with pytest.raises((PeerDiedError, DeadlineError)):
+        for _ in range(100):  # the kernel may take the first ones for it
+            root.broadcast(torch.zeros(1_000_003, dtype=torch.uint8))
+    assert time.monotonic() - started < LONG_S
+    with pytest.raises(PeerDiedError, match="is of no more use"):
+        root.broadcast(torch.zeros(1))
+    root.close()
+    survivors = [members[0], members[2]]
+    for process in survivors:
+        process.hear()
+    formed(store, "2", [*survivors, member()])
+
+
+def test_a_member_that_falls_silent_ends_the_broadcast_by_the_deadline(member: Make, store: RendezvousStore):
+    process = member()
+    root = formed(store, "1", [process], deadline_s=2.0)
+    os.kill(process._process.pid, signal.SIGSTOP)
+    started = time.monotonic()
+    with pytest.raises((DeadlineError, PeerDiedError)):
+        for _ in range(100):
+            root.broadcast(torch.zeros(10_000_019, dtype=torch.uint8))
+    assert time.monotonic() - started < 10
+
+
+def test_close_from_another_thread_ends_the_wait(store: RendezvousStore):
+    root = BroadcastGroup(store.address, "1", 0, 2, "gloo", LONG_S)
+    timer = threading.Timer(0.1, root.close)
+    timer.start()
+    started = time.monotonic()
+    with pytest.raises(PeerDiedError, match="group 1 was closed during a broadcast"):
+        root.broadcast(torch.zeros(1))
+    assert time.monotonic() - started < 5
+    timer.join()
+
+
+def test_a_store_that_is_not_there_is_a_rendezvous_error_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    started = time.monotonic()
+    with pytest.raises(RendezvousError, match=f"no rendezvous store at {address}"):
+        BroadcastGroup(address, "1", 0, 2, "gloo", LONG_S).broadcast(torch.zeros(1))
+    assert time.monotonic() - started < 5
+
+
+def test_the_default_group_of_the_process_is_left_alone(member: Make, store: RendezvousStore):
+    process = member()
+    process.tell("default-group")
+    assert process.hear() == "gloo"
+    root = formed(store, "1", [process])
+    root.close()
+    process.tell("reduce")
+    assert process.hear() == 1.0
+    assert not dist.is_initialized()
+
+
+def test_the_store_listens_on_its_host_alone(store: RendezvousStore):
+    host, port = store.address.split(":")
+    assert host == "127.0.0.1"
+    outward = host
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):  # a machine without a network
+        probe.connect(("192.0.2.1", 9))
+        outward = probe.getsockname()[0]
+    if outward != host:
+        with pytest.raises(OSError, match="refused"):
+            socket.create_connection((outward, int(port)), timeout=5)
+
+
+def test_a_port_in_use_is_an_os_error_that_names_it(store: RendezvousStore):
+    port = int(store.address.split(":")[1])
+    with pytest.raises(OSError, match=f"cannot host a rendezvous store at 127.0.0.1:{port}"):
+        RendezvousStore("127.0.0.1", port)
+
+
+def test_a_backend_that_is_not_there_is_a_value_error(store: RendezvousStore):
+    with pytest.raises(ValueError, match="backend='mpi': must be one of gloo, nccl"):
+        BroadcastGroup(store.address, "1", 0, 2, "mpi")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="backend='nccl': needs a GPU"):
+            BroadcastGroup(store.address, "1", 0, 2, "nccl")
+
+
+if __name__ == "__main__":
+    _be_a_member(PIPE)  # type: ignore[name-defined]  # noqa: F821 given by MemberProcess
