@@ -26,13 +26,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from record import RESULTS, commit, hardware, spread, versions, write_result
 
 from weft.configs.schema import AdapterConfig, Config
 from weft.pipeline.events import Event, GroupSampled, LaunchEnded, Phase, PhaseChanged, PipelineStatistics, StepTaken
 from weft.pipeline.interfaces import Pools
+
+if TYPE_CHECKING:
+    from weft.actors.wiring import RunningPools
 
 POLICIES = ("serial", "together")
 BASELINE = "serial"
@@ -151,7 +154,19 @@ async def run_on_cluster(config: Config) -> dict[str, Policy]:
         open_pools(config, cluster, str(cluster.shared_folder)) as running,
     ):
         await running.wait_ready()
-        return await run_both(config, Pools(running.samplers, running.trainers, running.sync))
+        before = await processes(running)
+        done = await run_both(config, Pools(running.samplers, running.trainers, running.sync))
+        after = await processes(running)
+    if before != after:
+        raise SystemExit(f"a process died and was restarted (pids {before} before, {after} after): nothing is written")
+    return done
+
+
+async def processes(running: RunningPools) -> list[int]:
+    """The pids of every process that works for the pools."""
+    samplers, trainers, syncs = [await pool.statistics() for pool in (running.samplers, running.trainers, running.sync)]
+    engines = [sampler.engine_pid for sampler in samplers]
+    return sorted([*engines, *(member.pid for member in (*samplers, *trainers, *syncs))])
 
 
 async def run_both(config: Config, pools: Pools) -> dict[str, Policy]:

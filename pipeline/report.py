@@ -81,7 +81,7 @@ CSS = """
   --paper: #16191e; --page: #0f1115; --good: #58c088; --bad: #f0776e; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.55 system-ui, "Segoe UI", sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 40px 20px 80px; }
+main { max-width: 1160px; margin: 0 auto; padding: 40px 20px 80px; }
 h1 { font-size: 30px; letter-spacing: -0.02em; line-height: 1.2; margin: 0; }
 h2 { font-size: 19px; letter-spacing: -0.01em; margin: 0 0 2px; }
 p { margin: 0; }
@@ -96,8 +96,8 @@ section > p { color: var(--muted); font-size: 13.5px; max-width: 90ch; margin-bo
 svg text { font-family: inherit !important; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 12.5px; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th { color: var(--muted); font-weight: 500; text-align: right; padding: 5px 7px; border-bottom: 1px solid var(--faint); }
-td { text-align: right; padding: 5px 7px; border-bottom: 1px solid var(--grid); }
+th { color: var(--muted); font-weight: 500; text-align: right; padding: 5px 6px; border-bottom: 1px solid var(--faint); }
+td { text-align: right; padding: 5px 6px; border-bottom: 1px solid var(--grid); }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 tr:last-child td { border-bottom: 0; }
 .dot { display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 8px; }
@@ -160,7 +160,7 @@ def _head(history: History, summary: Mapping[str, Any], title: str) -> str:
         ),
     ]
     cards = "".join(f'<div class="fact"><b>{value}</b><small>{escape(label)}</small></div>' for value, label in facts)
-    resumed = f", resumed {len(history.sessions) - 1} times" if len(history.sessions) > 1 else ""
+    resumed = f", in {len(history.sessions)} sessions" if len(history.sessions) > 1 else ""
     told = f"{len(summary['adapters'])} LoRA adapters trained at once on one frozen base{resumed}."
     return f'<header><h1>{escape(title)}</h1><p class="muted">{told}</p><div class="facts">{cards}</div></header>'
 
@@ -186,6 +186,7 @@ def _adapters(history: History, summary: Mapping[str, Any]) -> str:
         colour = adapter_colour(order.get(name, 0))
         base, final = adapter["eval_base"], adapter["eval_final"]
         better = base is not None and final is not None and final > base
+        change = f'{number(base)} → <b class="{"good" if better else ""}">{number(final)}</b>'
         late = adapter["max_staleness_seen"] > adapter["max_staleness"]
         state = {"finished": "good", "failed": "bad"}.get(adapter["state"], "muted")
         seconds = adapter["mean_seconds"]
@@ -195,12 +196,12 @@ def _adapters(history: History, summary: Mapping[str, Any]) -> str:
                 f'<span class="{state}">{escape(adapter["state"])}</span>',
                 f"{adapter['version']}/{adapter['num_steps']}",
                 _spark(history.adapters[name].series("reward/mean")[1], colour) if name in history.adapters else "",
-                f'{number(base)} → <b class="{"good" if better else ""}">{number(final)}</b>',
+                change,
                 f'<span class="{"bad" if late else ""}">{adapter["max_staleness_seen"]} of {adapter["max_staleness"]}</span>',
                 number(adapter["logprob_diff"]["mean"]),
                 number(adapter["logprob_diff"]["max"]),
                 count(adapter["tokens_trained"]),
-                *(number(seconds[part]) for part in ("rollout", "queue", "train", "sync")),
+                *(number(seconds[part] and round(seconds[part], 2)) for part in ("rollout", "queue", "train", "sync")),
             ]
         )
     headings = ["adapter", "state", "steps", "reward", "held-out", "staleness", "logprob_diff", "max", "tokens trained"]
@@ -227,7 +228,8 @@ def _differences(settings: Mapping[str, Any]) -> str:
         [_named(name, adapter_colour(index)), *(escape(str(values.get(key, ""))) for key in differing)]
         for index, (name, values) in enumerate(adapters.items())
     ]
-    return _table(["adapter", *(key.rpartition(".")[2] for key in differing)], rows)
+    leaves = [key.removesuffix(".name").rpartition(".")[2] for key in differing]  # loss.name is the loss
+    return _table(["adapter", *leaves], rows)
 
 
 def _steps_caption(history: History) -> str:
