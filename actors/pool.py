@@ -245,7 +245,8 @@ class SamplerPool:
                 await self.wait_ready()
                 with suppress(PeerDiedError):  # the next process is told by `prepare`; told twice is told once
                     added = await together(*(self._ask(member, message, self._deadline_s) for member in self._members))
-                    return added[0].num_prompts
+                    num_prompts: int | None = added[0].num_prompts
+                    return num_prompts
         except WeftError:
             self._adapters.pop(config.name, None)
             raise

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from weft.actors.cluster import RayMetrics
 
 FINISHED, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+WIDTH = 120
 SUMMARY_FILE, CONFIG_FILE = "summary.json", "config.yaml"
 
 
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)  # a pipe or a file has none of its own
     try:
         options, overrides = _parse(arguments)
         if "help" in options:
@@ -203,3 +206,7 @@ def _close(config: Config, statistics: PipelineStatistics, wall_seconds: float, 
     print_closing(summary, console)
     console.print(f"summary: {folder / SUMMARY_FILE}   report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
     return FINISHED if all(adapter.phase == Phase.FINISHED for adapter in statistics.adapters.values()) else FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
