@@ -170,8 +170,8 @@ TASKS = (
         ((0.36, _solve), (0.18, _finish_at_once), (0.12, _in_words), (0.12, _no_final_answer), (0.22, _finish_early)),
         share=1.5,
     ),
-    Task("chain_sum", _GYM, {"task": "chain_sum", "exact": True, **_TWO_TERMS}, _NUMBER, share=2.0),
-    Task("basic_arithmetic", _GYM, {"task": "basic_arithmetic", "exact": True, **_TWO_TERMS, **_PLAIN}, _NUMBER, share=2.0),
+    Task("chain_sum", _GYM, {"task": "chain_sum", "exact": True, **_TWO_TERMS}, _NUMBER, share=2.5),
+    Task("basic_arithmetic", _GYM, {"task": "basic_arithmetic", "exact": True, **_TWO_TERMS, **_PLAIN}, _NUMBER, share=2.5),
     Task(
         "spell_backward",
         _GYM,
@@ -186,13 +186,14 @@ TASKS = (
         share=1.5,
     ),
     Task(
-        "letter_counting", _GYM, {"task": "letter_counting", "exact": True, "min_words": 1, "max_words": 2}, _NUMBER, share=1.5
+        "letter_counting", _GYM, {"task": "letter_counting", "exact": True, "min_words": 1, "max_words": 2}, _NUMBER, share=2.5
     ),
     Task(
         "leg_counting",
         _GYM,
         {"task": "leg_counting", "exact": True, "min_animals": 1, "max_animals": 1, "max_instances": 9},
         _NUMBER,
+        share=1.5,
     ),
     Task("larger", "jsonl", {"path": "weft:larger.jsonl", "match": "exact"}, _NUMBER),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,7 +121,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     model = AutoModelForCausalLM.from_pretrained(arguments.folder)
-    print(table(model, AutoTokenizer.from_pretrained(arguments.folder), arguments.episodes))
+    sys.stdout.write(table(model, AutoTokenizer.from_pretrained(arguments.folder), arguments.episodes) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from weft.actors.base_model.demonstrations import Demonstration, make
-from weft.actors.base_model.tokenizer import END_OF_TURN, make_tokenizer, render, save_tokenizer, vocabulary_size
+from weft.actors.base_model.measure import table
+from weft.actors.base_model.tokenizer import END_OF_TURN, MAX_LENGTH, make_tokenizer, render, save_tokenizer, vocabulary_size
 
 IGNORED = -100  # the label of a token that has no loss
 
@@ -36,9 +37,9 @@ class Settings:
     num_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 32
-    demonstrations: int = 360_000
-    batch_size: int = 1024
-    steps: int = 5000
+    demonstrations: int = 500_000
+    batch_size: int = 2048
+    steps: int = 6000
     learning_rate: float = 3e-3
     warmup: int = 200
     weight_decay: float = 0.01
@@ -94,17 +95,18 @@ def make_model(settings: Settings, tokenizer: Any) -> Qwen3ForCausalLM:
         num_attention_heads=settings.num_heads,
         num_key_value_heads=settings.num_kv_heads,
         head_dim=settings.head_dim,
-        max_position_embeddings=2048,
+        max_position_embeddings=MAX_LENGTH,
         tie_word_embeddings=True,
         eos_token_id=end,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         dtype="float32",
+        attn_implementation="eager",  # its backward pass repeats itself exactly
     )
-    model = Qwen3ForCausalLM._from_config(config, attn_implementation="eager")
-    model.generation_config.eos_token_id = [end, tokenizer.pad_token_id]
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.do_sample = True
+    model = Qwen3ForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        eos_token_id=[end, tokenizer.pad_token_id], pad_token_id=tokenizer.pad_token_id, do_sample=True
+    )
     return model
 
 
@@ -151,15 +153,11 @@ def _schedule(step: int, settings: Settings) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - settings.warmup) / max(1, settings.steps - settings.warmup)))
 
 
-def pretrain(out: Path, settings: Settings, seed: int, device: str, data_file: Path | None = None) -> Qwen3ForCausalLM:
-    """Write a Hugging Face folder to `out`; data from `data_file` if there is one, else made here."""
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS repeats itself only with a fixed workspace
-    torch.use_deterministic_algorithms(True)
-    torch.set_float32_matmul_precision("high")
+def pretrain(out: Path, settings: Settings, seed: int, device: str, data: Data | None = None) -> Qwen3ForCausalLM:
+    """Write a Hugging Face folder to `out`. data: the demonstrations; None makes them."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
-    given = data_file is not None and data_file.exists()
-    data = Data.load(data_file) if given else encode(make(seed, settings.demonstrations), tokenizer)  # type: ignore[arg-type]
+    data = data or encode(make(seed, settings.demonstrations), tokenizer)
     model = make_model(settings, tokenizer)
     print(f"{model.num_parameters():,} parameters, {len(data.offsets) - 1:,} demonstrations, {len(data.tokens):,} tokens")
     train(model, data, settings, seed, device)
@@ -175,18 +173,24 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--steps", type=int, default=Settings.steps)
-    parser.add_argument("--data", type=Path, help="the demonstrations, if they have been made already")
+    parser.add_argument("--data", type=Path, help="demonstrations made before with --data-only")
     parser.add_argument("--data-only", action="store_true", help="make the demonstrations, write them to --data, and end")
-    parser.add_argument("--no-measure", action="store_true", help="do not sample the model at the end")
+    parser.add_argument(
+        "--no-measure", action="store_true", help="do not sample the model at the end; reasoning-gym is not needed then"
+    )
     arguments = parser.parse_args()
     settings = Settings(steps=arguments.steps)
+    if not (arguments.data if arguments.data_only else arguments.out):
+        parser.error("--data-only needs --data" if arguments.data_only else "--out is not set")
     if arguments.data_only:
         encode(make(arguments.seed, settings.demonstrations), make_tokenizer()).save(arguments.data)
         return
-    model = pretrain(arguments.out, settings, arguments.seed, arguments.device, arguments.data)
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS repeats itself only with a fixed workspace
+    torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("high")
+    data = Data.load(arguments.data) if arguments.data else None
+    model = pretrain(arguments.out, settings, arguments.seed, arguments.device, data)
     if not arguments.no_measure:
-        from weft.actors.base_model.measure import table  # imports reasoning-gym, which a machine that only trains may lack
-
         print(table(model, make_tokenizer(), episodes=256))
 
 

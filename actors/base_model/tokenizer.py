@@ -23,6 +23,7 @@ END_OF_TEXT, TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = (END_OF_TEXT, TURN, END_OF_TURN)
 TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<answer>", "</answer>", "<think>", "</think>")
 MULTIPLE = 64  # the vocabulary is rounded up to it
+MAX_LENGTH = 2048  # tokens of a chat
 
 _TOOL_TEXT = 'Call one with\n<tool_call>\n{"name": ..., "arguments": {...}}\n</tool_call>'
 CHAT_TEMPLATE = (
@@ -95,7 +96,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
     backend.add_tokens([AddedToken(text, special=False, normalized=False) for text in (*TAGS, *phrases())])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=END_OF_TURN, pad_token=END_OF_TEXT, clean_up_tokenization_spaces=False
+        tokenizer_object=backend,
+        eos_token=END_OF_TURN,
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+        model_max_length=MAX_LENGTH,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
