@@ -7,6 +7,8 @@ D head size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -36,23 +38,14 @@ class VarlenAttention:
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         from torch.nn.attention.varlen import varlen_attn  # this import registers CUDA operators
 
-        self._run = varlen_attn
+        grouped = "enable_gqa" in signature(varlen_attn).parameters  # PyTorch 2.11 lacks the word, and groups heads unasked
+        self._run = partial(varlen_attn, window_size=(-1, 0), **({"enable_gqa": True} if grouped else {}))
         self._longest = max(lengths)
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         self._ends = ends.to(device, non_blocking=True)
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        out = self._run(
-            queries,
-            keys,
-            values,
-            self._ends,
-            self._ends,
-            self._longest,
-            self._longest,
-            window_size=(-1, 0),
-            enable_gqa=queries.shape[1] != keys.shape[1],
-        )
+        out = self._run(queries, keys, values, self._ends, self._ends, self._longest, self._longest)
         assert isinstance(out, Tensor)
         return out
 

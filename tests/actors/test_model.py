@@ -284,6 +284,27 @@ def test_adapters_trained_together_equal_each_alone(checkpoint: Path) -> None:
         assert (joint[n] - solo).norm() <= 1e-5 * solo.norm()
 
 
+def test_an_adapter_of_nan_harms_no_other(tmp_path: Path) -> None:
+    decoder = load_model(make_checkpoint("qwen3 tied", tmp_path), torch.float32)
+    tokens, offsets = packed()
+    bounds = [0, offsets[2], offsets[3], offsets[5]]
+    layout, sound = random_adapter(decoder, 4, ("all-linear",), seed=0)
+
+    def run(middle: Tensor) -> tuple[Tensor, list[Tensor]]:
+        gradients = [torch.zeros_like(sound) for _ in range(3)]
+        leaves = [layout.leaves(slab, gradient) for slab, gradient in zip((sound, middle, sound), gradients, strict=True)]
+        hidden = decoder(tokens, offsets, LoraBatch.build(bounds, [1.0] * 3, leaves))
+        objective(decoder, tokens, hidden).backward()
+        return hidden.detach(), gradients
+
+    healthy, poisoned = run(sound), run(torch.full_like(sound, float("nan")))
+    others = [place for place in range(len(tokens)) if not bounds[1] <= place < bounds[2]]
+    assert torch.equal(healthy[0][others], poisoned[0][others])
+    assert poisoned[0][bounds[1] : bounds[2]].isnan().all()
+    assert all(torch.equal(healthy[1][n], poisoned[1][n]) for n in (0, 2))
+    assert not poisoned[1][1].isfinite().all()
+
+
 def test_without_lora_the_base_answers_as_if_no_adapter_were_there(tmp_path: Path) -> None:
     decoder = load_model(make_checkpoint("qwen2 tied", tmp_path), torch.float32)
     tokens, offsets = packed()
