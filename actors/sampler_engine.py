@@ -139,7 +139,7 @@ _ENVIRONMENT = {  # vLLM reads these at import; whoever starts the process may s
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
     "VLLM_HOST_IP": "127.0.0.1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # CPU: the model runs in the engine's own process, not in a third
 }
 

@@ -27,6 +27,7 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 
 from weft.actors.lora import SlabLayout, linear_shapes
+from weft.actors.sampler_lora import use_grouped_lora
 
 PENDING, INSTALLED = "pending", "installed"
 MAX_WAITING = 64  # slabs on their way to one engine; a relay has one in flight per adapter
@@ -49,6 +50,7 @@ def _end_with_parent() -> None:
 
 
 _end_with_parent()
+use_grouped_lora()
 
 
 class _Line:
