@@ -172,7 +172,8 @@ class Cluster:
             raise StartError(f"{name} needs {gpus} GPUs, and Ray has {there}")
         options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": 0, "max_concurrency": 16}
         variables = {**ACTOR_ENVIRONMENT, **(environment or {})}
-        handle: Any = ray.remote(_Host).options(**options).remote(target, dict(arguments), variables, os.getcwd(), list(sys.path))
+        where = (os.getcwd(), list(sys.path))
+        handle: Any = ray.remote(_Host).options(**options).remote(target, dict(arguments), variables, *where)
         try:
             async with asyncio.timeout(self._config.start_deadline_s):
                 endpoint, pid = await asyncio.wrap_future(handle.start.remote().future())

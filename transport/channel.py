@@ -178,6 +178,7 @@ class Client:
         try:
             socket.connect(self._endpoint)
         except zmq.ZMQError as error:
+            socket.disable_monitor()
             self._monitor.close(0)
             socket.close(0)
             raise TransportError(f"cannot connect to {self._endpoint}: {error}") from error
@@ -200,8 +201,8 @@ class Client:
     def _disconnect(self, linger_ms: int) -> None:
         wire, monitor, self._wire, self._monitor = self._wire, self._monitor, None, None
         if wire is not None and monitor is not None:
+            wire.socket.disable_monitor()  # first: ZeroMQ's thread would wait for ever to tell a monitor that is closed
             monitor.close(0)
-            wire.socket.disable_monitor()
             wire.close(linger_ms)
 
 
