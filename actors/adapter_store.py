@@ -4,16 +4,18 @@ D elements of one adapter. What an adapter must keep is fp32 [3, D]: master weig
 [D] while it holds one. The model's weights are the master, rounded; they exist on the device alone.
 
     device  <- hold(names) brings them here, and pins them until its block ends
-      |  the least recently used makes way when there are more than `device_capacity`
+      |  the least recently used that nobody holds makes way when there are more than `device_capacity`
     host       pinned, so that a copy runs at the speed of the bus
       |  ... more than `host_capacity`
     disk       one safetensors file each
 
 A move changes no bit. It is finished at its destination before its source lets go: a full disk loses nothing.
+Several threads may hold adapters at once; who may change an adapter that two hold is for them to settle.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -70,7 +72,7 @@ Parked = dict[str, Tensor]  # "state", and "gradient" where there is one
 
 
 class AdapterStore:
-    """Every adapter of one trainer. Not for use by two threads at once; `statistics` may be read from any."""
+    """Every adapter of one trainer."""
 
     def __init__(
         self, device: torch.device, dtype: torch.dtype, device_capacity: int, host_capacity: int, folder: Path
@@ -83,52 +85,53 @@ class AdapterStore:
         self._on_disk: dict[str, Path] = {}
         self._pins: dict[str, int] = {}
         self._bytes_up = self._bytes_down = 0
+        self._moving = threading.RLock()  # held while adapters change places, never while a block has them
 
     def __contains__(self, name: str) -> bool:
         return name in self._on_device or name in self._on_host or name in self._on_disk
 
     def add(self, name: str, master: Tensor) -> None:
         """A new adapter, master fp32 [D], moments zero. It waits in host memory until it is first held."""
-        assert name not in self, f"adapter {name!r} is in the store already"
         state = self._host_empty((3, master.numel()))
         state[0].copy_(master)
         state[1:].zero_()
-        self._on_host[name] = {"state": state}
-        self._trim_host()
+        with self._moving:
+            assert name not in self, f"adapter {name!r} is in the store already"
+            self._on_host[name] = {"state": state}
+            self._trim_host()
 
     def drop(self, name: str) -> None:
         """Forget it, wherever it is. It must not be held."""
-        assert name in self and name not in self._pins, f"adapter {name!r} cannot be dropped: held, or not in the store"
-        self._on_device.pop(name, None)
-        self._on_host.pop(name, None)
-        path = self._on_disk.pop(name, None)
+        with self._moving:
+            assert name in self and name not in self._pins, f"adapter {name!r} cannot be dropped: held, or not in the store"
+            self._on_device.pop(name, None)
+            self._on_host.pop(name, None)
+            path = self._on_disk.pop(name, None)
         if path is not None:
             path.unlink()
 
     @contextmanager
     def hold(self, names: Sequence[str]) -> Iterator[list[Slabs]]:
-        """The slabs of these adapters, on the device until the block ends. At most `device_capacity` names at once."""
-        wanted = len(set(names) | set(self._pins))
-        assert wanted <= self.device_capacity, f"{wanted} adapters at once, room for {self.device_capacity}"
-        for name in names:
-            self._pins[name] = self._pins.get(name, 0) + 1
-        try:
-            yield [self._lift(name) for name in names]
-        finally:
+        """The slabs of these adapters, on the device until the block ends. At most `device_capacity` names; while several
+        blocks together hold more, the device has that many."""
+        assert len(names) <= self.device_capacity, f"{len(names)} adapters at once, room for {self.device_capacity}"
+        with self._moving:
             for name in names:
-                self._pins[name] -= 1
-                if not self._pins[name]:
-                    del self._pins[name]
-
-    def close(self) -> None:
-        """Remove the files of the disk tier, and forget every adapter."""
-        for path in self._on_disk.values():
-            path.unlink(missing_ok=True)
-        self._on_disk.clear()
-        self._on_host.clear()
-        self._on_device.clear()
+                self._pins[name] = self._pins.get(name, 0) + 1
+        try:
+            with self._moving:
+                held = [self._lift(name) for name in names]
+            yield held
+        finally:
+            with self._moving:
+                for name in names:
+                    self._pins[name] -= 1
+                    if not self._pins[name]:
+                        del self._pins[name]
+                self._trim_device()
 
     def statistics(self) -> StoreStatistics:
+        """Never waits for a move, so an adapter on its way may be counted twice."""
         held = [slabs.gradient for slabs in list(self._on_device.values())]
         parked = [tensors.get("gradient") for tensors in list(self._on_host.values())]
         gradients = sum(gradient is not None for gradient in held + parked)
@@ -155,7 +158,9 @@ class AdapterStore:
 
     def _trim_device(self) -> None:
         while len(self._on_device) > self.device_capacity:
-            name = next(name for name in self._on_device if name not in self._pins)
+            name = next((name for name in self._on_device if name not in self._pins), None)
+            if name is None:
+                return
             slabs = self._on_device[name]
             parked = {"state": self._to_host(slabs.state)}
             if slabs.gradient is not None:

@@ -12,6 +12,7 @@ T packed tokens, P loss tokens, D elements of one adapter, V vocabulary.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -39,6 +40,7 @@ class Adapter:
     ref: AdapterRef
     layout: SlabLayout
     fault: str = ""  # of the gradient that it holds
+    lock: threading.Lock = field(default_factory=threading.Lock)  # held by whoever reads or changes its weights
 
     @property
     def name(self) -> str:
@@ -85,12 +87,12 @@ class Tally:
 
 
 class Learner:
-    """The compute of a trainer. Blocking; for one thread."""
+    """The compute of a trainer. Blocking; for one thread, but `canary` for any."""
 
     def __init__(self, decoder: Decoder, store: AdapterStore, device: torch.device, token_budget: int) -> None:
         self._decoder, self._store, self._device, self._token_budget = decoder, store, device, token_budget
         self._canary = torch.tensor(canary_tokens(decoder.head.shape[0]), device=device)
-        self.base_canary = self._canary_logprob(None)
+        self.base_canary = self._canary_logprob(None)  # now, so that the decoder's tables are long enough for any canary
 
     def forward_backward(self, adapters: Sequence[Adapter], batches: Sequence[TrainBatch]) -> list[dict[str, float]]:
         """Adds to the adapters' gradients; returns each one's metrics. Where a loss is not finite, `Adapter.fault` says so, and

@@ -1,8 +1,11 @@
 """The trainer: weights, gradients and moments of many adapters on one frozen base, behind messages.
 
-    handle(message) ──> one thread, in the order of arrival ──> learner (compute), adapter_store (tiers), files
+    handle(message) ──> thread of training: TrainStep, ForwardBackward, OptimStep, Score
+                  |──> thread of state: Publish, Save, Load, Export, AddAdapter, DropAdapter
                   `──> GetStatistics is answered at once
 
+Two threads, so that one adapter's new version is on its way while others train: a publish takes milliseconds, a launch may take
+seconds. Each thread works in the order of arrival, and each adapter's lock lets one of them at it.
 What concerns one adapter alone (a stale batch, a loss that is not finite) comes back as the fault of its StepResult, and the
 others' step is taken.
 """
@@ -17,8 +20,9 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +44,8 @@ from weft.transport import messages
 from weft.transport.errors import CheckpointError
 from weft.transport.messages import UNSAMPLED, AdapterRef, StepResult, TrainBatch
 
-STATE_FILE = "adapter.safetensors"  # what Save writes: master, exp_avg, exp_avg_sq fp32 [D], and in its header the rest
+STATE_FILE = "adapter.safetensors"  # what Save writes: these, fp32 [D] each, and in its header the rest
+STATE_TENSORS = ("master", "exp_avg", "exp_avg_sq")
 
 
 class Trainer:
@@ -59,51 +64,48 @@ class Trainer:
             self._device, self._dtype, config.device_adapters, config.host_adapters, self._folder / "adapters"
         )
         threads = functools.partial(torch.set_num_threads, config.num_threads)  # a setting of the thread that computes
-        self._thread = ThreadPoolExecutor(1, "weft-trainer", initializer=threads)
+        self._training = ThreadPoolExecutor(1, "weft-training", initializer=threads)
+        self._state = ThreadPoolExecutor(1, "weft-state", initializer=functools.partial(torch.set_num_threads, 1))
         self._adapters: dict[str, Adapter] = {}
         self._shapes = linear_shapes(read_config(self._model_folder))
         self._slabs_written = self._steps = self._tokens_trained = 0
         self._busy_seconds = 0.0
-        self._calls: dict[type, Callable[[Any], Any]] = {
-            messages.AddAdapter: self._add,
-            messages.DropAdapter: self._drop,
+        training: dict[type, Callable[[Any], Any]] = {
             messages.TrainStep: self._train_step,
             messages.ForwardBackward: self._forward_backward,
             messages.OptimStep: self._optim_step,
             messages.Score: self._score,
+        }
+        state: dict[type, Callable[[Any], Any]] = {
+            messages.AddAdapter: self._add,
+            messages.DropAdapter: self._drop,
             messages.Publish: self._publish,
             messages.Save: self._save,
             messages.Load: self._load,
             messages.Export: self._export,
         }
+        self._calls = {kind: (self._training, call) for kind, call in training.items()}
+        self._calls |= {kind: (self._state, call) for kind, call in state.items()}
 
     async def start(self) -> None:
         """Load the base. Raises ValueError for a folder that holds no model."""
-        await self._compute(self._load_base, None)
+        await asyncio.get_running_loop().run_in_executor(self._training, self._load_base)
 
     async def handle(self, message: Any) -> Any:
         """The reply that the message's docstring names. Raises ValueError for an adapter that is unknown or cannot be."""
         if isinstance(message, messages.GetStatistics):
             return self._statistics()
         assert type(message) in self._calls, f"no message to a trainer: {type(message).__name__}"
-        return await self._compute(self._calls[type(message)], message)
+        thread, call = self._calls[type(message)]
+        return await asyncio.get_running_loop().run_in_executor(thread, call, message)
 
     async def aclose(self) -> None:
         """Ends after what is being computed; the disk tier is removed."""
-        await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
+        for thread in (self._training, self._state):
+            await asyncio.to_thread(thread.shutdown, cancel_futures=True)
         shutil.rmtree(self._folder / "adapters", ignore_errors=True)
 
-    async def _compute(self, call: Callable[[Any], Any], message: Any) -> Any:
-        def timed() -> Any:
-            began = time.perf_counter()
-            try:
-                return call(message)
-            finally:
-                self._busy_seconds += time.perf_counter() - began
-
-        return await asyncio.get_running_loop().run_in_executor(self._thread, timed)
-
-    def _load_base(self, _: None) -> None:
+    def _load_base(self) -> None:
         shutil.rmtree(self._folder / "adapters", ignore_errors=True)  # of a trainer that was killed
         decoder = load_model(self._model_folder, self._dtype, self._device)
         self._learner = Learner(decoder, self._store, self._device, self._config.token_budget)
@@ -131,26 +133,44 @@ class Trainer:
         else:
             master = torch.empty(layout.numel)
             init_pairs(layout, master, torch.Generator().manual_seed(_seed(config)))
-        if present is not None:
-            self._store.drop(config.name)
+        self._drop(messages.DropAdapter(config.name))
         self._store.add(config.name, master)
         self._adapters[config.name] = Adapter(config, AdapterRef(config.name, message.lineage, 0), layout)
         return messages.AdapterAdded(num_parameters=layout.numel)
 
     def _drop(self, message: messages.DropAdapter) -> messages.Done:
-        if self._adapters.pop(message.name, None) is not None:
-            self._store.drop(message.name)
+        if message.name in self._adapters:
+            with self._locked([message.name]):
+                del self._adapters[message.name]
+                self._store.drop(message.name)
         return messages.Done()
 
-    def _find(self, name: str) -> Adapter:
-        if name not in self._adapters:
-            raise ValueError(f"adapter {name!r} is not in this trainer, which has {sorted(self._adapters)}")
-        return self._adapters[name]
+    @contextmanager
+    def _locked(self, names: Collection[str]) -> Iterator[None]:
+        """Those of these adapters that are here, for this thread alone until the block ends."""
+        with ExitStack() as stack:
+            for name in sorted(set(names)):  # one order everywhere, so that no two threads wait for each other
+                while (adapter := self._adapters.get(name)) is not None:
+                    adapter.lock.acquire()
+                    if self._adapters.get(name) is adapter:
+                        stack.callback(adapter.lock.release)
+                        break
+                    adapter.lock.release()  # dropped, perhaps replaced, while we waited
+            yield
 
-    def _at(self, ref: AdapterRef) -> Adapter:
-        adapter = self._find(ref.name)
-        assert adapter.ref == ref, f"{ref} is asked for, the trainer has {adapter.ref}"
-        return adapter
+    @contextmanager
+    def _own(self, name: str) -> Iterator[Adapter]:
+        """This adapter, for this thread alone until the block ends. Raises ValueError when it is not here."""
+        with self._locked([name]):
+            if name not in self._adapters:
+                raise ValueError(f"adapter {name!r} is not in this trainer, which has {sorted(self._adapters)}")
+            yield self._adapters[name]
+
+    @contextmanager
+    def _own_version(self, ref: AdapterRef) -> Iterator[Adapter]:
+        with self._own(ref.name) as adapter:
+            assert adapter.ref == ref, f"{ref} is asked for, the trainer has {adapter.ref}"
+            yield adapter
 
     # ---- training ----
 
@@ -165,26 +185,38 @@ class Trainer:
         began = time.perf_counter()
         names = [batch.ref.name for batch in batches]
         assert len(set(names)) == len(names), f"two batches of one adapter in a step: {names}"
-        faults = {batch.ref.name: self._refusal(batch) for batch in batches}
-        results = {batch.ref.name: StepResult(batch.ref, 0, {}, faults[batch.ref.name]) for batch in batches}
-        ready = [batch for batch in batches if not faults[batch.ref.name]]
-        at_once = self._store.device_capacity
-        for first in range(0, len(ready), at_once):
-            some = ready[first : first + at_once]
-            adapters = [self._adapters[batch.ref.name] for batch in some]
-            for adapter, batch, metrics in zip(adapters, some, self._learner.forward_backward(adapters, some), strict=True):
-                self._tokens_trained += len(batch.tokens)
-                result = StepResult(adapter.ref, len(batch.tokens), metrics, adapter.fault)
-                if step:
-                    stepped = self._step(adapter)
-                    result = replace(stepped, tokens=result.tokens, metrics={**metrics, **stepped.metrics})
-                results[adapter.name] = result
-        return messages.StepResults(tuple(results[name] for name in names), time.perf_counter() - began)
+        with self._locked(names):
+            faults = {batch.ref.name: self._refusal(batch) for batch in batches}
+            results = {batch.ref.name: StepResult(batch.ref, 0, {}, faults[batch.ref.name]) for batch in batches}
+            ready = [batch for batch in batches if not faults[batch.ref.name]]
+            at_once = self._store.device_capacity
+            for first in range(0, len(ready), at_once):
+                results |= {result.ref.name: result for result in self._launch(ready[first : first + at_once], step)}
+        seconds = time.perf_counter() - began
+        self._busy_seconds += seconds
+        return messages.StepResults(tuple(results[name] for name in names), seconds)
+
+    def _launch(self, batches: Sequence[TrainBatch], step: bool) -> Iterator[StepResult]:
+        adapters = [self._adapters[batch.ref.name] for batch in batches]
+        all_metrics = self._learner.forward_backward(adapters, batches)
+        for adapter, batch, metrics in zip(adapters, batches, all_metrics, strict=True):
+            tokens = len(batch.tokens)
+            self._tokens_trained += tokens
+            if step:
+                stepped = self._step(adapter)
+                yield replace(stepped, tokens=tokens, metrics={**metrics, **stepped.metrics})
+            else:
+                yield StepResult(adapter.ref, tokens, metrics, adapter.fault)
 
     def _optim_step(self, message: messages.OptimStep) -> messages.StepResults:
         began = time.perf_counter()
-        results = tuple(self._step(self._find(name)) for name in message.names)
-        return messages.StepResults(results, time.perf_counter() - began)
+        results = []
+        for name in message.names:
+            with self._own(name) as adapter:
+                results.append(self._step(adapter))
+        seconds = time.perf_counter() - began
+        self._busy_seconds += seconds
+        return messages.StepResults(tuple(results), seconds)
 
     def _step(self, adapter: Adapter) -> StepResult:
         """One optimizer step. A fault belongs to the gradient, which is gone now: the next one starts afresh."""
@@ -211,21 +243,20 @@ class Trainer:
         return ""
 
     def _score(self, message: messages.Score) -> messages.Scores:
-        adapter = self._at(message.batch.ref)
         check_batch(message.batch, self._vocab_size)
-        return self._learner.score(adapter, message.batch)
+        with self._own_version(message.batch.ref) as adapter:
+            return self._learner.score(adapter, message.batch)
 
     # ---- weights out and in ----
 
     def _publish(self, message: messages.Publish) -> messages.SlabHandle:
-        adapter = self._at(message.ref)
-        self._slabs_written += 1
         ref = message.ref
+        with self._own_version(ref) as adapter, self._store.hold([ref.name]) as (slabs,):
+            canary = self._learner.canary(adapter, slabs)
+            raw = slabs.weights.cpu().clone().view(torch.uint8).numpy()
+        self._slabs_written += 1
         # a number of its own: what takes the slab of an earlier publish of this version removes that file, never this one
         path = self._slab_folder / f"{ref.name}-{ref.lineage}-{ref.version}-{os.getpid()}-{self._slabs_written}.slab"
-        with self._store.hold([ref.name]) as (slabs,):
-            canary = self._learner.canary(adapter, slabs)
-            raw = slabs.weights.cpu().view(torch.uint8).numpy()
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         raw.tofile(part)
@@ -244,15 +275,14 @@ class Trainer:
         )
 
     def _save(self, message: messages.Save) -> messages.Saved:
-        adapter = self._at(message.ref)
-        with self._store.hold([adapter.name]) as (slabs,):
-            tensors = {"master": slabs.master, "exp_avg": slabs.exp_avg, "exp_avg_sq": slabs.exp_avg_sq}
-            tensors = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
+        with self._own_version(message.ref) as adapter, self._store.hold([adapter.name]) as (slabs,):
+            state = slabs.state.cpu().clone()
         folder = Path(message.folder)
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f".{STATE_FILE}"
-        header = {**_identity(adapter, adapter.ref), "seed": _seed(adapter.config)}
-        save_file(tensors, part, metadata={"weft": json.dumps(header)})
+        header = {**_identity(adapter, message.ref), "seed": _seed(adapter.config)}
+        tensors = dict(zip(STATE_TENSORS, state.unbind(), strict=True))
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, part, metadata={"weft": json.dumps(header)})
         with part.open("rb+") as file:
             os.fsync(file.fileno())
             checksum = hashlib.file_digest(file, "sha256").hexdigest()
@@ -260,23 +290,23 @@ class Trainer:
         return messages.Saved({STATE_FILE: checksum})
 
     def _load(self, message: messages.Load) -> messages.Done:
-        """Raises CheckpointError for a file that is not whole, ValueError for one of another adapter, shape or version."""
-        adapter = self._find(message.ref.name)
+        """Raises CheckpointError for a file that is not whole, ValueError for one of another shape or version."""
         path = Path(message.folder) / STATE_FILE
-        state, identity = _read_state(path)
-        for key, own in _identity(adapter, message.ref).items():
-            if identity.get(key) != own:
-                raise ValueError(f"checkpoint {path}: {key}={identity.get(key)!r} there, {own!r} here")
-        with self._store.hold([adapter.name]) as (slabs,):
-            slabs.replace_state(state)
-        adapter.ref, adapter.fault = message.ref, ""
+        with self._own(message.ref.name) as adapter:
+            state, identity = _read_state(path)
+            for key, own in _identity(adapter, message.ref).items():
+                if identity.get(key) != own:
+                    raise ValueError(f"checkpoint {path}: {key}={identity.get(key)!r} there, {own!r} here")
+            with self._store.hold([adapter.name]) as (slabs,):
+                slabs.replace_state(state)
+            adapter.ref, adapter.fault = message.ref, ""
         return messages.Done()
 
     def _export(self, message: messages.Export) -> messages.Done:
-        adapter = self._at(message.ref)
-        with self._store.hold([adapter.name]) as (slabs,):
-            base = str(self._model_folder.resolve())
-            write_peft_folder(Path(message.folder), adapter.layout, slabs.master, adapter.config.lora.alpha, base)
+        with self._own_version(message.ref) as adapter, self._store.hold([adapter.name]) as (slabs,):
+            master = slabs.master.cpu().clone()
+        base = str(self._model_folder.resolve())
+        write_peft_folder(Path(message.folder), adapter.layout, master, adapter.config.lora.alpha, base)
         return messages.Done()
 
 
@@ -294,7 +324,7 @@ def _read_state(path: Path) -> tuple[Tensor, dict[str, Any]]:
     """-> fp32 [3, D], and the header."""
     try:
         with safe_open(path, framework="pt") as file:
-            state = torch.stack([file.get_tensor(name) for name in ("master", "exp_avg", "exp_avg_sq")])
+            state = torch.stack([file.get_tensor(name) for name in STATE_TENSORS])
             return state, json.loads((file.metadata() or {})["weft"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} is cut short or altered: {error}") from error

@@ -97,8 +97,9 @@ def test_more_than_fits_at_once_is_refused(tmp_path: Path) -> None:
         store.add(name, torch.ones(3))
     with pytest.raises(AssertionError, match="3 adapters at once, room for 2"), store.hold(NAMES[:3]):
         pass
-    with store.hold(NAMES[:2]):  # the refusal left no pin behind
-        pass
+    with store.hold(NAMES[:2]), store.hold(NAMES[2:3]):  # two blocks may together: what is held has to be there
+        assert store.statistics().device == 3
+    assert store.statistics().device == 2
 
 
 def test_gradients_exist_only_for_adapters_that_hold_any(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from weft.actors.lora import LoraBatch
 from weft.actors.model import load_model
 from weft.configs.schema import AdapterConfig, LoraConfig, LossConfig, OptimizerConfig, SamplingConfig
 from weft.transport import messages
-from weft.transport.messages import TrainBatch
+from weft.transport.messages import AdapterRef, TrainBatch
 
 torch.set_num_threads(1)
 VOCAB = 61  # conftest.py: the base's
@@ -341,19 +341,54 @@ def test_a_step_without_rows_is_a_step_with_gradient_zero(make: Make, batch: Mak
     assert results["one"].metrics["loss"] == 0.0
 
 
-def test_statistics_answer_while_the_trainer_computes(make: Make, batch: MakeBatch) -> None:
-    bench, go = make(MIXED[0]), threading.Event()
+def test_statistics_and_another_adapters_version_come_while_the_trainer_computes(make: Make, batch: MakeBatch) -> None:
+    bench, go = make(*MIXED[:2]), threading.Event()
 
     async def both() -> None:
-        bench.trainer._thread.submit(go.wait)
+        bench.trainer._training.submit(go.wait)
         async with asyncio.TaskGroup() as tasks:
             step = tasks.create_task(bench.trainer.handle(messages.TrainStep((batch("one"),))))
-            statistics = await bench.trainer.handle(messages.GetStatistics())
-            assert statistics.steps == 0
-            assert not step.done()
-            go.set()
+            try:
+                statistics = await bench.trainer.handle(messages.GetStatistics())
+                assert statistics.steps == 0
+                handle = await bench.trainer.handle(messages.Publish(AdapterRef("two", 0, 0)))
+                assert handle.ref.name == "two"
+                assert not step.done()
+            finally:
+                go.set()
         assert step.result().results[0].ref.version == 1
 
     asyncio.run(both())
+
+
+def test_versions_published_beside_training_are_whole_whatever_the_tiers(make: Make, batch: MakeBatch) -> None:
+    """Steps of two adapters and publishes of the others run at once, with room for fewer adapters on the device than that."""
+    alone, bench = make(*MIXED), make(*MIXED, device_adapters=2, host_adapters=1)
+    for name in ("three", "four"):
+        alone.perturb(name)
+        bench.perturb(name)
+
+    async def publish(name: str) -> list[str]:
+        return [(await bench.trainer.handle(messages.Publish(AdapterRef(name, 0, 0)))).path for _ in range(6)]
+
+    async def train() -> None:
+        for version in range(4):
+            pair = (batch("one", version), batch("two", version))
+            await bench.trainer.handle(messages.TrainStep(pair))
+
+    async def all_at_once() -> dict[str, list[str]]:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(train())
+            published = {name: tasks.create_task(publish(name)) for name in ("three", "four")}
+        return {name: task.result() for name, task in published.items()}
+
+    for name, paths in asyncio.run(all_at_once()).items():
+        for path in paths:
+            slab = torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.float32)
+            assert torch.equal(slab, alone.state(name)[0])
+    for version in range(4):
+        alone.step(batch("one", version), batch("two", version))
+    for config in MIXED:
+        assert torch.equal(bench.state(config.name), alone.state(config.name))
 
 
