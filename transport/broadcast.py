@@ -89,6 +89,7 @@ class BroadcastGroup:
         self._group: Any = None
         self._store: Any = None
         self._broken: str = ""
+        self._left = threading.Event()
         self._outcome: queue.SimpleQueue[BaseException | None] | None = None
         self._broadcasts, self._nbytes, self._seconds = 0, 0, 0.0
 
@@ -125,6 +126,7 @@ class BroadcastGroup:
     def close(self) -> None:
         """Leave the group. From another thread: ends the broadcast that is under way there with PeerDiedError."""
         self._broken = self._broken or "it was closed"
+        self._left.set()
         outcome, group = self._outcome, self._group
         self._group = self._store = None
         if outcome is not None:
@@ -164,7 +166,7 @@ class BroadcastGroup:
         except (OSError, RuntimeError) as error:
             raise RendezvousError(f"no rendezvous store at {self._host}:{self._port}: {error}") from error
         self._store = store  # the group's threads use it until they end
-        rendezvous.answer(store, self._epoch, self._rank, self._world_size, end - time.monotonic())
+        rendezvous.answer(store, self._epoch, self._rank, self._world_size, end - time.monotonic(), self._left)
         prefix = dist.PrefixStore(f"{self._epoch}/group", store)
         if self._backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()

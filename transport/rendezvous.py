@@ -10,6 +10,7 @@ it); all that is asked of it is in `KeyStore`.
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Protocol
 
@@ -27,12 +28,15 @@ class KeyStore(Protocol):
         """Whether all of them are set."""
 
 
-def answer(store: KeyStore, epoch: str, rank: int, world_size: int, deadline_s: float) -> None:
+def answer(
+    store: KeyStore, epoch: str, rank: int, world_size: int, deadline_s: float, left: threading.Event | None = None
+) -> None:
     """Come to the roll call of `epoch` and wait until everybody has. Blocking.
 
     Raises RendezvousError when the deadline passes (it names the ranks that came), when the epoch is dissolved,
-    or when the store is gone.
+    when the store is gone, or when this member has `left`.
     """
+    left = left or threading.Event()
     end, pause = time.monotonic() + deadline_s, _FIRST_PAUSE_S
     everybody = [_came(epoch, member) for member in range(world_size)]
     try:
@@ -43,7 +47,8 @@ def answer(store: KeyStore, epoch: str, rank: int, world_size: int, deadline_s: 
             if time.monotonic() >= end:
                 present = [member for member, key in enumerate(everybody) if store.check([key])]
                 raise RendezvousError(f"group {epoch} did not form in {deadline_s:.3g} s: ranks {present} of {world_size} came")
-            time.sleep(min(pause, max(end - time.monotonic(), 0)))
+            if left.wait(min(pause, max(end - time.monotonic(), 0))):
+                raise RendezvousError(f"rank {rank} left group {epoch} before it formed")
             pause = min(2 * pause, _LAST_PAUSE_S)
         if store.check([_dissolved(epoch)]):
             raise RendezvousError(f"group {epoch} is dissolved: rank {rank} came too late")

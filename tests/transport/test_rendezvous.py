@@ -73,6 +73,13 @@ def test_dissolving_ends_those_that_wait_and_those_that_come_late():
     timer.join()
 
 
+def test_a_member_that_leaves_waits_no_more():
+    left = threading.Event()
+    left.set()
+    with pytest.raises(RendezvousError, match="rank 0 left group 1 before it formed"):
+        answer(DictStore(), "1", 0, 2, 20, left)
+
+
 def test_epochs_do_not_hear_each_other():
     store = DictStore()
     answer(store, "1", 0, 1, 1)
