@@ -71,7 +71,8 @@ class Sampler:
         max_lora_rank: int,
         max_live_versions: int,
     ) -> None:
-        self._engine = Engine(engine_arguments(model_folder, model_dtype, config, device, max_lora_rank, max_live_versions))
+        arguments = engine_arguments(model_folder, model_dtype, config, device, max_lora_rank, max_live_versions)
+        self._engine = Engine(arguments, device)
         self._config = config
         self._index = index
         self._tolerance = CANARY_TOLERANCE[model_dtype]

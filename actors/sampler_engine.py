@@ -39,15 +39,16 @@ class CallError(Exception):
 class Engine:
     """vLLM's AsyncLLM: start, sample, score, call the extension."""
 
-    def __init__(self, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, arguments: Mapping[str, Any], device: str) -> None:
         self._arguments = arguments
+        self._environment = _ENVIRONMENT | (_ENVIRONMENT_CPU if device == "cpu" else {})
         self._requests = itertools.count()
         self.tokens_sampled = 0
         self.pid = 0
 
     async def start(self) -> None:
         """Blocks the loop while the engine's process loads: nothing can be asked of it before."""
-        for name, value in _ENVIRONMENT.items():
+        for name, value in self._environment.items():
             os.environ.setdefault(name, value)
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -140,7 +141,11 @@ _ENVIRONMENT = {  # vLLM reads these at import; whoever starts the process may s
     "HF_HUB_OFFLINE": "1",
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # CPU: the model runs in the engine's own process, not in a third
+}
+_ENVIRONMENT_CPU = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the model runs in the engine's own process, not in a third
+    # vLLM compiles the count of likelier tokens, which nobody asked for: 5 s of the first step, for microseconds of each.
+    "TORCH_COMPILE_DISABLE": "1",
 }
 
 

@@ -95,7 +95,7 @@ class GroupedLora(PunicaWrapperCPU):
         buffer: tuple[Tensor, ...] | None = None,
         **kwargs: Any,
     ) -> None:
-        """y [T, O] += scale * B A x, each token with its own adapter. Stacked, a slice: [slots, 1, R, I], [slots, 1, O_s, R]."""
+        """y [T, O] += scale * B A x, each token with its own adapter. Stacked: [slots, 1, R, I], [slots, 1, O_s, R]."""
         groups = self._groups
         if not groups.slots:
             return
