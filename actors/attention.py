@@ -6,7 +6,7 @@ D head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
 from typing import Any, Protocol
@@ -38,15 +38,16 @@ class VarlenAttention:
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         from torch.nn.attention.varlen import varlen_attn  # this import registers CUDA operators
 
-        grouped = "enable_gqa" in signature(varlen_attn).parameters  # PyTorch 2.11 lacks the word, and groups heads unasked
-        self._run = partial(varlen_attn, window_size=(-1, 0), **({"enable_gqa": True} if grouped else {}))
+        settings: dict[str, Any] = {"window_size": (-1, 0)}  # causal
+        if "enable_gqa" in signature(varlen_attn).parameters:  # PyTorch 2.11 lacks the word, and groups heads unasked
+            settings["enable_gqa"] = True
+        self._run: Callable[..., Any] = partial(varlen_attn, **settings)
         self._longest = max(lengths)
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         self._ends = ends.to(device, non_blocking=True)
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        out = self._run(queries, keys, values, self._ends, self._ends, self._longest, self._longest)
-        assert isinstance(out, Tensor)
+        out: Tensor = self._run(queries, keys, values, self._ends, self._ends, self._longest, self._longest)
         return out
 
 
@@ -73,9 +74,8 @@ class PaddedAttention:
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, n: int, longest: int) -> Tensor:
     """[n * L, heads, D] each -> [n * L, Hq, D]"""
-    blocks = (x.unflatten(0, (n, longest)).transpose(1, 2) for x in (queries, keys, values))
-    grouped = queries.shape[1] != keys.shape[1]
-    out = F.scaled_dot_product_attention(*blocks, is_causal=True, enable_gqa=grouped)
+    q, k, v = (x.unflatten(0, (n, longest)).transpose(1, 2) for x in (queries, keys, values))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2).flatten(0, 1)
 
 

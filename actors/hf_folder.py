@@ -88,9 +88,9 @@ def write_folder(
     Weights that were in `folder` are removed first: transformers would otherwise read the old single file before new shards."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.iterdir():
-        if _OURS.fullmatch(file.name):
-            file.unlink()
+    for old in folder.iterdir():
+        if _OURS.fullmatch(old.name):
+            old.unlink()
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     shards = _shards(tensors, max_shard_bytes)
     files = [WEIGHTS] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
@@ -104,9 +104,9 @@ def write_folder(
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     if tokenizer_from is not None:
-        for file in (Path(tokenizer_from) / name for name in TOKENIZER_FILES):
-            if file.is_file() and file.parent.resolve() != folder.resolve():
-                shutil.copyfile(file, folder / file.name)
+        for source in (Path(tokenizer_from) / name for name in TOKENIZER_FILES):
+            if source.is_file() and source.parent.resolve() != folder.resolve():
+                shutil.copyfile(source, folder / source.name)
 
 
 def _shards(tensors: Mapping[str, Tensor], max_bytes: int) -> list[list[str]]:
