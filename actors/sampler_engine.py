@@ -173,5 +173,7 @@ def engine_arguments(
     }
     if device == "cpu":
         cache = {"kv_cache_memory_bytes": int(config.kv_cache_gib * _GIB), "block_size": BLOCK_SIZE_CPU}
-        return arguments | cache | {"enforce_eager": True}
+        # vLLM 0.32 on CPUs: a request with a seed whose prompt is cut in two kills the engine, so prompts go whole.
+        whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, config.max_model_len)}
+        return arguments | cache | whole | {"enforce_eager": True}
     return arguments | {"gpu_memory_utilization": config.gpu_memory_utilization}
