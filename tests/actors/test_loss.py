@@ -170,6 +170,8 @@ def test_what_is_reported_is_what_happened() -> None:
     assert result.kl is None
     assert masked.any()
     assert (clipped & ~masked).any()
+    bounded = adapter_loss(LossConfig(name="cispo"), tokens, DENOMINATORS).clipped  # whatever the advantage
+    assert bounded.tolist() == ((ratio > 1.2) | (ratio < 0.8)).float().tolist()
 
 
 @pytest.mark.parametrize("name", ["importance_sampling", "ppo", "cispo", "gspo", "dppo", "decoupled_ppo"])

@@ -30,6 +30,9 @@ def test_ten_steps_equal_torchs_adamw_with_clipping(scale: float) -> None:
         norm = adamw_step(master, exp_avg, exp_avg_sq, grad, master, step, lr, **SETTINGS)
         assert norm == pytest.approx(float(expected_norm), rel=1e-6)
         torch.testing.assert_close(master, expected.detach(), rtol=1e-6, atol=1e-6)
+        moments = torchs.state[expected]  # which tell the clip: AdamW's own step hardly depends on the gradient's scale
+        torch.testing.assert_close(exp_avg, moments["exp_avg"], rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(exp_avg_sq, moments["exp_avg_sq"], rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
