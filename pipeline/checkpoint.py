@@ -16,6 +16,7 @@ any instant leaves all that was complete. These functions block on the disk: the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -41,7 +42,6 @@ class Checkpoint:
 
     folder: Path
     progress: Progress
-    config: Mapping[str, Any]
 
 
 class Checkpoints:
@@ -98,13 +98,12 @@ class Checkpoints:
                 said.append(f"{error}; set aside, the one before it is used")
         return None, said
 
-    def peek(self) -> Checkpoint | None:
-        """As `newest`, touching nothing."""
+    def saved_config(self) -> Mapping[str, Any] | None:
+        """The configuration in the newest checkpoint where it can be read; the trainer's files are not looked at."""
         for folder in self._complete():
-            try:
-                return verify(folder)
-            except CheckpointError:
-                continue
+            with contextlib.suppress(CheckpointError):  # `newest` will say so
+                config: Mapping[str, Any] = _read_sealed(folder / PIPELINE)["config"]
+                return config
         return None
 
     def next_lineage(self) -> int:
@@ -147,11 +146,10 @@ class Checkpoints:
 
 def check_resume(run_dir: str, config: AdapterConfig) -> None:
     """Raises ValueError when `run_dir` holds this adapter under another configuration (num_steps may grow)."""
-    found = Checkpoints(run_dir, config.name, 1).peek()
-    if found is None:
+    before = Checkpoints(run_dir, config.name, 1).saved_config()
+    if before is None:
         return
-    now = plain(config)
-    for path, saved, value in _differences(found.config, now, f"adapters.{config.name}"):
+    for path, saved, value in _differences(before, plain(config), f"adapters.{config.name}"):
         if path == f"adapters.{config.name}.num_steps" and isinstance(saved, int) and value >= saved:
             continue
         rule = f"{saved!r}, as in the run that {run_dir} holds (run.fresh=true starts anew)"
@@ -169,8 +167,7 @@ def verify(folder: Path) -> Checkpoint:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes, not {said['bytes']}")
         if _sha256(path) != said["sha256"]:
             raise CheckpointError(f"{path}: altered, its SHA-256 is another")
-    own = _read_sealed(folder / PIPELINE)
-    return Checkpoint(folder, _progress(own["progress"]), own["config"])
+    return Checkpoint(folder, _progress(_read_sealed(folder / PIPELINE)["progress"]))
 
 
 def replace_folder(written: Path, final: Path) -> None:

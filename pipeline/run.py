@@ -74,9 +74,13 @@ class Pipeline:
         configs = tuple(configs)
         for config in configs:
             check_resume(self._settings.dir, config)
-        async with self._tasks:
-            for config in configs:
-                self.join(config)
+        try:
+            async with self._tasks:
+                for config in configs:
+                    self.join(config)
+        finally:
+            for adapter in self._adapters.values():
+                adapter.gone.set()  # whoever waits in `leave` does not outwait the run
         return self.statistics()
 
     def join(self, config: AdapterConfig) -> None:
@@ -127,8 +131,8 @@ class Pipeline:
 
     async def _run_lineage(self, adapter: Adapter) -> None:
         config = adapter.config
-        num_prompts = await self._pools.samplers.add(config, adapter.ref.lineage)
         await self._recovery.begin_lineage(adapter)
+        num_prompts = await self._pools.samplers.add(config, adapter.ref.lineage)
         await self._publish(adapter)
         if adapter.version == 0 and adapter.progress.eval_base is None:
             await self._evaluate(adapter, final=False)
@@ -182,7 +186,7 @@ class Pipeline:
                     group = await samplers.rollout(adapter.installed, prompt_index, size, held_out)
                 except PeerDiedError as error:
                     died = error
-                except AdapterFault as fault:
+                except (AdapterFault, InstallError) as fault:
                     adapter.interrupt(fault)
                     return None
                 else:

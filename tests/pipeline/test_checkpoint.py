@@ -57,7 +57,7 @@ def test_the_newest_of_the_latest_lineage_counts_and_only_some_are_kept(checkpoi
 
 def test_nothing_there_is_nothing_found(checkpoints):
     assert checkpoints.newest() == (None, [])
-    assert checkpoints.peek() is None
+    assert checkpoints.saved_config() is None
 
 
 @pytest.mark.parametrize("name", ["masters.bin", "moments/0.bin", MANIFEST, PIPELINE])

@@ -179,6 +179,32 @@ def test_a_version_that_cannot_be_installed_ends_its_adapter_alone(simulation, m
     assert outcome.statistics.adapters["a1"].phase is Phase.FINISHED
 
 
+def test_whoever_waits_for_an_adapter_to_leave_does_not_outwait_the_run(simulation, memory_folder):
+    waited = []
+
+    def reward(name, prompt_index):
+        if prompt_index == 9:
+            raise KeyError("a bug")
+        return prompt_index % 2
+
+    async def main():
+        simulated = simulation.Simulation(simulation.World(random.Random(0), reward=reward, train_seconds=9.0), memory_folder)
+
+        async def leave():
+            await asyncio.sleep(1.0)
+            await simulated.pipeline.leave("other")
+            waited.append(asyncio.get_running_loop().time())
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(leave())
+            configs = [simulation.adapter_config("a", batch_size=20), simulation.adapter_config("other")]
+            with pytest.raises(BaseExceptionGroup):
+                await simulated.pipeline.run(configs)
+
+    simulation.run_virtual(main)
+    assert waited
+
+
 def test_a_fault_of_ours_ends_the_run(simulation, memory_folder):
     def reward(name, prompt_index):
         if name == "a1" and prompt_index == 5:
