@@ -175,9 +175,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--data", type=Path, help="demonstrations made before with --data-only")
     parser.add_argument("--data-only", action="store_true", help="make the demonstrations, write them to --data, and end")
-    parser.add_argument(
-        "--no-measure", action="store_true", help="do not sample the model at the end; reasoning-gym is not needed then"
-    )
+    parser.add_argument("--no-measure", action="store_true", help="do not sample the model at the end")
     arguments = parser.parse_args()
     settings = Settings(steps=arguments.steps)
     if not (arguments.data if arguments.data_only else arguments.out):
