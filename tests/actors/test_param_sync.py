@@ -219,10 +219,10 @@ def test_adapters_overlap_and_each_ones_versions_come_in_order(sampler: Make):
     run(test)
 
 
-@pytest.mark.parametrize("stage", ["die-at-receive", "die-at-broadcast", "die-at-install"])
-def test_a_sampler_that_dies_in_between_delays_nobody_and_the_others_have_the_version(sampler: Make, stage: str):
+@pytest.mark.parametrize("fault", ["die-at-receive:1", "die-at-broadcast:0", "die-at-broadcast:1", "die-at-install:1"])
+def test_a_sampler_that_dies_in_between_delays_nobody_and_the_others_have_the_version(sampler: Make, fault: str):
     async def test() -> None:
-        samplers = [sampler(), sampler(f"{stage}:1"), sampler()]
+        samplers = [sampler(), sampler(fault), sampler()]
         async with relay(*samplers) as sync:
             for version in range(3):
                 handle = handle_of("a", version, 300_001)
