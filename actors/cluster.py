@@ -97,13 +97,15 @@ class Process:
         self._life: asyncio.Future[None] = asyncio.wrap_future(handle.run.remote().future())
 
     async def wait_death(self) -> str:
-        """Wait for the end of the process; returns why, in Ray's words."""
-        from ray.exceptions import RayError
+        """Wait for the end of the process; returns why, in one line."""
+        from ray.exceptions import RayActorError, RayError
 
         try:
             await asyncio.shield(self._life)
+        except RayActorError:  # what Ray says here fits every death
+            return f"{self.name} (pid {self.pid}) was killed or crashed"
         except RayError as error:
-            return f"{self.name} (pid {self.pid}) died: {_cause(error)}"
+            return f"{self.name} (pid {self.pid}) ended: {_cause(error).splitlines()[-1].lstrip(' +-|')}"
         return f"{self.name} (pid {self.pid}) closed"
 
     async def stop(self) -> None:

@@ -95,12 +95,12 @@ class Member:
             raise PeerDiedError(f"{self.name} is being restarted")
         try:
             return await client.request(message, deadline_s)
-        except PeerDiedError as error:
+        except PeerDiedError:
             if client is self._client:  # the channel knows before Ray does: nobody may find this one ready meanwhile
-                self.condemn(str(error))
+                self.condemn()
             raise
 
-    def condemn(self, why: str) -> None:
+    def condemn(self, why: str = "") -> None:
         """Take no more requests, and end the process: it lives, and is of no use any more."""
         self._ready.clear()
         self._trouble = why
@@ -111,7 +111,7 @@ class Member:
         while True:
             why = await self._one_life(prepare)
             self.deaths += 1
-            why = f"{why}\n{self._trouble}".rstrip()
+            why = f"{why}: {self._trouble}" if self._trouble else why
             _log.warning("%s", why)
             await lost()
             if self.deaths > self._restarts:
@@ -151,7 +151,8 @@ class Member:
         except WeftError as error:
             self.condemn(f"{self.name} could not be prepared: {error}")
         else:
-            self._ready.set()
+            if not self._condemned.is_set():
+                self._ready.set()
 
     async def _execute(self, process: Process) -> None:
         await self._condemned.wait()
