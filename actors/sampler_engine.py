@@ -24,6 +24,7 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM can be told; ev
 # prompt log-probabilities (the canary) then kills the engine: its head applies one adapter a request, not one a token.
 LORA_MODULES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 BLOCK_SIZE_CPU = 32  # tokens of a cache block: vLLM's own 128 shares no prefix of a short prompt
+STEP_TOKENS_CPU = 2048  # prompt tokens of one step: what waits for it is every other rollout's next token
 _GIB = 1 << 30
 _END_S = 2.0  # the engine's process gets this long to end by itself
 
@@ -173,7 +174,7 @@ def engine_arguments(
     }
     if device == "cpu":
         cache = {"kv_cache_memory_bytes": int(config.kv_cache_gib * _GIB), "block_size": BLOCK_SIZE_CPU}
-        # vLLM 0.32 on CPUs: a request with a seed whose prompt is cut in two kills the engine, so prompts go whole.
-        whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, config.max_model_len)}
+        # A prompt done in parts has vLLM rewind its request's random generator, which on a CPU kills the engine: they go whole.
+        whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(STEP_TOKENS_CPU, config.max_model_len)}
         return arguments | cache | whole | {"enforce_eager": True}
     return arguments | {"gpu_memory_utilization": config.gpu_memory_utilization}

@@ -28,7 +28,7 @@ from weft.actors.canary import canary_tokens
 from weft.actors.episode import seed_of
 from weft.actors.lora import SlabLayout, linear_shapes, resolve_targets
 from weft.actors.sampler import Sampler
-from weft.actors.sampler_engine import EngineLostError
+from weft.actors.sampler_engine import STEP_TOKENS_CPU, EngineLostError
 from weft.configs.schema import AdapterConfig, EnvironmentConfig, SamplerConfig, SamplingConfig
 from weft.transport.errors import AdapterFault, InstallError
 from weft.transport.messages import (
@@ -239,7 +239,7 @@ def bench(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Be
     sys.path.insert(0, str(place))
     import weft_test_environments  # type: ignore[import-not-found]
 
-    config = SamplerConfig(max_num_seqs=32, max_model_len=MAX_LENGTH, kv_cache_gib=0.25)
+    config = SamplerConfig(max_num_seqs=96, max_model_len=MAX_LENGTH, kv_cache_gib=0.25)
     sampler = Sampler(str(folder), "float32", config, 3, "cpu", max_lora_rank=12, max_live_versions=LIVE)
     with asyncio.Runner() as runner:
         runner.run(sampler.start())
@@ -546,6 +546,12 @@ def test_a_turn_is_cut_to_what_the_model_has_left(bench: Bench) -> None:
     group = bench.run(bench.rollout(bench.run(bench.adapter(words="x" * 220, sampling=SamplingConfig(max_tokens=200))), 4))
     assert all(len(sample.tokens) <= MAX_LENGTH for sample in group.samples)
     assert any(sample.truncated and len(sample.tokens) == MAX_LENGTH for sample in group.samples)
+
+
+def test_more_prompt_tokens_than_one_step_takes_are_no_harm(bench: Bench) -> None:
+    group = bench.run(bench.rollout(bench.run(bench.adapter(sampling=SamplingConfig(max_tokens=3))), 96))
+    assert sum((sample.versions == UNSAMPLED).sum() for sample in group.samples) > STEP_TOKENS_CPU
+    bench.check(dataclasses.replace(group, samples=group.samples[-4:]))
 
 
 def test_adding_an_adapter_twice_changes_nothing_and_says_how_many_prompts_there_are(bench: Bench) -> None:
