@@ -1,7 +1,7 @@
 """The relay over the real channel and gloo, with samplers in processes of their own: each test may kill theirs.
 
-Run as a program, this file is such a sampler: it holds slabs in plain buffers. They are forked from a server that has imported
-torch, since to import it takes longer than all the rest.
+Run as a program, this file is such a sampler, which holds slabs in plain buffers, or a relay. They are forked from a server
+that has imported torch, since to import it takes longer than all the rest.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from weft.configs.schema import SyncConfig
 from weft.transport import messages
 from weft.transport.broadcast import BroadcastGroup
 from weft.transport.channel import Client, Server
-from weft.transport.errors import InstallError, RemoteError, WeftError
+from weft.transport.errors import InstallError, PeerDiedError, RemoteError, WeftError
 from weft.transport.messages import AdapterRef, Distribute, Done, JoinSampler, LeaveSampler, SlabHandle
 
-DEADLINE_S = 20.0  # far above what any test takes: what ends at once must not end by this
+RELAY = "relay"
+DEADLINE_S = 40.0  # far above what any test takes: what ends at once must not end by this
 
 
 class PlainSampler:
@@ -93,6 +94,14 @@ async def _be_a_sampler(fault: str, ready: Connection) -> None:
     ready.send(await server.start())
     async with asyncio.TaskGroup() as sampler.tasks:
         await server.serve()
+
+
+async def _be_a_relay(ready: Connection) -> None:
+    sync = ParamSync(SyncConfig(deadline_s=DEADLINE_S))
+    await sync.start()
+    server = Server(sync.handle)
+    ready.send(await server.start())
+    await server.serve()
 
 
 class SamplerProcess:
@@ -299,6 +308,35 @@ def test_a_relay_that_is_started_again_serves_samplers_that_outlived_it(sampler:
     run(test)
 
 
+@pytest.mark.parametrize("moment_s", [0.0, 0.005, 0.02])
+def test_a_relay_killed_at_any_moment_of_a_sync_leaves_samplers_that_its_successor_serves(sampler: Make, moment_s: float):
+    async def test() -> None:
+        samplers = [sampler(), sampler()]
+        newest = handle_of("a", 1, 3_000_001)
+        for attempt in range(2):
+            process = sampler(RELAY)
+            client = Client(process.endpoint)
+            for index, one in enumerate(samplers):
+                await client.request(JoinSampler(index, one.endpoint), DEADLINE_S)
+            async with asyncio.timeout(DEADLINE_S / 2), asyncio.TaskGroup() as tasks:
+                syncing = tasks.create_task(_outcome(client.request(Distribute(newest, (0, 1)), None)))
+                if attempt == 0:
+                    await asyncio.sleep(moment_s)  # not a wait: any moment is as good as another
+                    process.kill()
+            await client.aclose()
+        assert isinstance(await syncing, messages.Distributed)
+        assert [await one.live() for one in samplers] == [as_live(newest)] * 2
+
+    run(test)
+
+
+async def _outcome(request: Awaitable[object]) -> object:
+    try:
+        return await request
+    except PeerDiedError as error:
+        return error
+
+
 def test_a_dropped_adapter_is_forgotten_and_may_come_again(sampler: Make):
     async def test() -> None:
         process = sampler()
@@ -346,4 +384,5 @@ def test_what_a_relay_does_not_do_is_a_value_error_over_the_channel():
 
 
 if __name__ == "__main__":
-    asyncio.run(_be_a_sampler(FAULT, READY))  # type: ignore[name-defined]  # noqa: F821 given by SamplerProcess
+    fault, ready = FAULT, READY  # type: ignore[name-defined]  # noqa: F821 given by SamplerProcess
+    asyncio.run(_be_a_relay(ready) if fault == RELAY else _be_a_sampler(fault, ready))

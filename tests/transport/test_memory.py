@@ -1,4 +1,4 @@
-"""The twin in memory: what it shares with the channel is in test_channel.py; here is what only it promises."""
+"""The twin in memory: what it shares with the channel is in test_session.py; here is what only it promises."""
 
 from __future__ import annotations
 
