@@ -23,7 +23,7 @@ LEGAL: dict[Phase, set[Phase]] = {
     Phase.JOINING: {Phase.CHECKPOINTING, Phase.SYNCING, Phase.FINISHED, *_BREAKS},
     Phase.CHECKPOINTING: {Phase.SYNCING, Phase.SAMPLING, Phase.EVALUATING, Phase.EXPORTING, *_BREAKS},
     Phase.SYNCING: {Phase.EVALUATING, Phase.SAMPLING, Phase.CHECKPOINTING, Phase.EXPORTING, *_BREAKS},
-    Phase.EVALUATING: {Phase.SAMPLING, Phase.CHECKPOINTING, Phase.EXPORTING, *_BREAKS},
+    Phase.EVALUATING: {Phase.EVALUATING, Phase.SAMPLING, Phase.CHECKPOINTING, Phase.EXPORTING, *_BREAKS},  # twice: of 0 steps
     Phase.SAMPLING: {Phase.QUEUED, Phase.CHECKPOINTING, Phase.EXPORTING, *_BREAKS},
     Phase.QUEUED: {Phase.TRAINING, *_BREAKS},
     Phase.TRAINING: {Phase.SYNCING, *_BREAKS},
@@ -67,6 +67,7 @@ class Adapter:
     deaths: int = 0  # of its trainer, noticed by its own calls since it last took a step
     leaving: bool = False
     fault: Exception | None = None  # why this lineage must end: its own AdapterFault, or its trainer's death
+    faulted: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())  # done with fault
     interrupted: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     ended: float | None = None
@@ -96,16 +97,18 @@ class Adapter:
         """From here on this is a new history, which begins at `progress`."""
         self.progress = progress
         self.gate = self.checkpointed = self.fault = None
-        self.interrupted = asyncio.get_running_loop().create_future()
+        self.faulted, self.interrupted = (asyncio.get_running_loop().create_future() for _ in range(2))
         if self.leaving:
             self.interrupted.set_result(None)
 
     def interrupt(self, fault: Exception | None) -> None:
-        """End its next wait for groups: with `fault`, or (None) because it is to leave. Never half-way through a step."""
+        """End its next wait for groups: with `fault`, which ends an evaluation too, or (None) because it is to leave. Never
+        half-way through a step."""
         if fault is None:
             self.leaving = True
         elif self.fault is None:
             self.fault = fault
+            self.faulted.set_result(None)
         if not self.interrupted.done():
             self.interrupted.set_result(None)
 

@@ -19,12 +19,22 @@ class Evaluation:
     figures: RolloutFigures
 
 
-async def evaluate(prompts: int, rollout: Callable[[int], Coroutine[Any, Any, Group | None]]) -> Evaluation | None:
+async def evaluate(
+    prompts: int, rollout: Callable[[int], Coroutine[Any, Any, Group | None]], faulted: asyncio.Future[None]
+) -> Evaluation | None:
     """Roll out the held-out prompts 0 .. prompts - 1, all at once: the samplers' fair share decides how many run.
 
-    Waits for the slowest of them. None when `rollout` gave one up (the adapter is at fault, and knows it).
+    Waits for the slowest of them, or until `faulted` is done, which ends those that run. None: there is a fault, and the
+    adapter knows it.
     """
+
+    def end(_: asyncio.Future[None]) -> None:
+        for task in results:
+            task.cancel()
+
     async with asyncio.TaskGroup() as tasks:
         results = [tasks.create_task(rollout(index)) for index in range(prompts)]
-    groups = [group for task in results if (group := task.result()) is not None]
+        faulted.add_done_callback(end)
+    faulted.remove_done_callback(end)
+    groups = [group for task in results if not task.cancelled() and (group := task.result()) is not None]
     return Evaluation(prompts, figures(groups)) if len(groups) == prompts else None

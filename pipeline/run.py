@@ -14,9 +14,9 @@
                     the samplers to be whole again after a death   the pool, which restarts them
 
 A fault of one adapter (its reward raises, its loss is not finite) and the death of a trainer interrupt `_train` only where it
-waits for groups: a trainer launch or a sync that has begun is never cancelled under the other adapters that share it. Whatever
-is neither AdapterFault, InstallError (its weights do not sample as they should) nor PeerDiedError is a fault of ours and ends
-the run.
+waits for groups, and an evaluation: a trainer launch or a sync that has begun is never cancelled under the other adapters that
+share it. Whatever is neither one adapter's (AdapterFault; InstallError: its weights do not sample as they should;
+CheckpointError: its files are not what was written) nor PeerDiedError is a fault of ours and ends the run.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import contextlib
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from weft.configs.schema import AdapterConfig, Config, RunConfig, TrainerConfig
 from weft.pipeline.adapter import Adapter
@@ -39,7 +40,7 @@ from weft.pipeline.prompts import PromptSource
 from weft.pipeline.recovery import Recovery
 from weft.pipeline.schedule import FairShare, StepScheduler
 from weft.pipeline.staleness import StalenessGate, staleness
-from weft.transport.errors import AdapterFault, InstallError, PeerDiedError
+from weft.transport.errors import AdapterFault, CheckpointError, InstallError, PeerDiedError
 from weft.transport.messages import Group, TrainBatch
 
 MAX_DEATHS = 5  # of samplers under one group, or of a trainer under one adapter between two steps: more are no accident
@@ -125,7 +126,7 @@ class Pipeline:
                     await self._run_lineage(adapter)
                 except* PeerDiedError as died:
                     await self._roll_back(adapter, died)
-        except* (AdapterFault, InstallError) as fault:
+        except* (AdapterFault, InstallError, CheckpointError) as fault:
             self._fail(adapter, fault)
         await self._drop(adapter)
 
@@ -207,7 +208,8 @@ class Pipeline:
         if not adapter.config.eval_prompts:
             return
         self._enter(adapter, Phase.EVALUATING)
-        result = await evaluate(adapter.config.eval_prompts, lambda index: self._rollout(adapter, index, held_out=True))
+        rollout = partial(self._rollout, adapter, held_out=True)
+        result = await evaluate(adapter.config.eval_prompts, rollout, adapter.faulted)
         adapter.raise_fault()
         assert result is not None, "a rollout that is given up says why"
         if final:
@@ -234,7 +236,7 @@ class Pipeline:
         await self._pools.trainers.wait_ready()
         self._enter(adapter, Phase.JOINING)
 
-    def _fail(self, adapter: Adapter, fault: BaseExceptionGroup[AdapterFault | InstallError]) -> None:
+    def _fail(self, adapter: Adapter, fault: BaseExceptionGroup[AdapterFault | InstallError | CheckpointError]) -> None:
         reason = next(leaves(fault))
         adapter.traceback = "".join(traceback.format_exception(reason))
         self._end(adapter, Phase.FAILED)

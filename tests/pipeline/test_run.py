@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from pathlib import Path
 
 import pytest
 
@@ -179,6 +180,23 @@ def test_a_version_that_cannot_be_installed_ends_its_adapter_alone(simulation, m
     assert outcome.statistics.adapters["a1"].phase is Phase.FINISHED
 
 
+def test_a_checkpoint_that_is_not_what_was_written_ends_its_adapter_alone(simulation, memory_folder, monkeypatch):
+    save = simulation.SimulatedTrainers.save
+
+    async def altered(self, ref, folder):
+        saved = await save(self, ref, folder)
+        if ref.name == "a0" and ref.version == 2:
+            (Path(folder) / "weights.json").write_text("{}")
+        return saved
+
+    monkeypatch.setattr(simulation.SimulatedTrainers, "save", altered)
+    world = simulation.World(random.Random(0))
+    outcome = simulation.simulate(world, memory_folder, [simulation.adapter_config(f"a{i}") for i in range(2)])
+    assert outcome.statistics.adapters["a0"].phase is Phase.FAILED
+    assert "not what the trainer wrote" in outcome.statistics.adapters["a0"].traceback
+    assert outcome.statistics.adapters["a1"].phase is Phase.FINISHED
+
+
 def test_whoever_waits_for_an_adapter_to_leave_does_not_outwait_the_run(simulation, memory_folder):
     waited = []
 
@@ -274,6 +292,27 @@ def test_a_trainers_death_is_told_at_once_to_adapters_that_wait_for_rollouts(sim
     }
     assert rolled_back["slow"] == pytest.approx(rolled_back["fast"])
     assert {adapter.rollbacks for adapter in outcome.statistics.adapters.values()} == {1}
+
+
+def test_a_trainers_death_ends_an_evaluation_at_once(simulation, memory_folder):
+    async def beside(simulated):
+        await asyncio.sleep(20.2)
+        await simulated.trainers.process.die()
+
+    world = simulation.World(random.Random(0), capacity=4, rollout_seconds=0.5, train_seconds=0.5, spread=False)
+    slow = simulation.adapter_config("slow", num_steps=2, eval_prompts=400)
+    outcome = simulation.simulate(world, memory_folder, [simulation.adapter_config("fast", num_steps=60), slow], beside)
+    told = {event.adapter: event.time for event in outcome.events if getattr(event, "phase", "") is Phase.ROLLING_BACK}
+    assert told["slow"] == pytest.approx(told["fast"])
+    assert {adapter.phase for adapter in outcome.statistics.adapters.values()} == {Phase.FINISHED}
+
+
+def test_an_adapter_of_no_steps_is_evaluated_and_exported(simulation, memory_folder):
+    config = simulation.adapter_config("a", num_steps=0, eval_prompts=3)
+    adapter = simulation.simulate(simulation.World(random.Random(0)), memory_folder, [config]).statistics.adapters["a"]
+    assert (adapter.phase, adapter.version) == (Phase.FINISHED, 0)
+    assert None not in (adapter.eval_base, adapter.eval_final)
+    assert adapter.peft_path
 
 
 def test_adapters_join_and_leave_a_running_pipeline(simulation, memory_folder):
