@@ -9,8 +9,6 @@ from torch import Tensor
 
 from weft.kernels.logprob import reference
 
-_TOKEN_LOGPROBS = {"cpu": reference.token_logprobs}  # device type -> implementation; elsewhere the reference runs too
-
 
 def token_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """hidden [P, H], head [V, H] (frozen), targets int [P], temperature [P] -> log-probability of each target, and entropy of
@@ -18,5 +16,8 @@ def token_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, temperature: T
 
     The gradient goes from the log-probabilities to hidden alone; the entropy has none. All P * V logits are never held at once.
     """
-    run = _TOKEN_LOGPROBS.get(hidden.device.type, reference.token_logprobs)
-    return run(hidden, head, targets, temperature)
+    if hidden.device.type == "cuda":
+        from weft.kernels.logprob import triton  # needs a GPU's driver, or its interpreter
+
+        return triton.token_logprobs(hidden, head, targets, temperature)
+    return reference.token_logprobs(hidden, head, targets, temperature)

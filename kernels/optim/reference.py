@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+
+
+@dataclass(frozen=True)
+class SlabStep:
+    """One adapter's slabs and its rule: the arguments of `adamw_step`."""
+
+    master: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    grad: Tensor
+    weights: Tensor
+    step: int
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    max_grad_norm: float
+
+
+def adamw_steps(steps: Sequence[SlabStep]) -> Tensor:
+    """`adamw_step` of one adapter after another -> their norms before clipping, fp32 [N]."""
+    return torch.tensor([adamw_step(**vars(own)) for own in steps])
 
 
 @torch.no_grad()

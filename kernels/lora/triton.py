@@ -1,0 +1,335 @@
+"""Multi-adapter linear on CUDA: three kernels beside the base's own matrix products, for any adapters in any mix of ranks.
+
+T tokens, N adapters, P parts of a fused linear, R rank, I in, O out.
+
+    forward     low  = s x A^T             shrink    x is read once for all parts
+                out  = low B^T (+ bias)    expand    written first ...
+                out += x W^T               cuBLAS    ... so that the base's product adds it in its epilogue
+    backward    dlow = s dY B              shrink
+                dX   = dlow A, += dY W     expand, cuBLAS
+                dA  += dlow^T x            outer     straight into the adapter's fp32 gradient slab
+                dB  += dY^T low            outer
+
+s = alpha / R is applied once, in fp32, where low and dlow are rounded. A program works for one adapter, through addresses
+(`tables`); a rank is padded in registers alone. Sums over an adapter's tokens have a fixed order and no atomics: the same
+adapter and tokens give the same bits whoever else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from weft.kernels.lora.tables import Group, Tables
+
+WIDEST_SHARED = 256  # rows of all parts that one shrink program holds; beyond it each part reads x for itself
+
+
+def slab_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tables: Tables, group: Group, source: Callable[[], Tensor] | None = None
+) -> Tensor:
+    """x [T, I] -> [T, sum(widths)], as `weft.kernels.lora.fused_lora_linear` with the pairs of `tables`. Backward adds to the
+    gradient slabs itself. source: makes x again for the backward, so that x need not be kept."""
+    assert not weight.requires_grad, "the base is frozen: its weight would get no gradient here"
+    if not group.touched:
+        return F.linear(x, weight, bias)
+    out: Tensor = _SlabLinear.apply(x, tables.anchor, weight, bias, tables, group, source)
+    return out
+
+
+class _SlabLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        anchor: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tables: Tables,
+        group: Group,
+        source: Callable[[], Tensor] | None,
+    ) -> Tensor:
+        low = shrink(x, tables, group, "a")
+        out = expand(low, tables, group, "b", bias)
+        out.addmm_(x, weight.t())
+        ctx.save_for_backward(x if source is None else None, low, weight)
+        ctx.tables, ctx.group, ctx.source = tables, group, source
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, low, weight = ctx.saved_tensors
+        tables, group = ctx.tables, ctx.group
+        grad_out = grad_out.contiguous()
+        grad_low = shrink(grad_out, tables, group, "b")
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = expand(grad_low, tables, group, "a", None)
+            grad_x.addmm_(grad_out, weight)
+        if group.trains:
+            outer(grad_low, ctx.source() if x is None else x, tables, group, "grad_a")
+            outer(low, grad_out, tables, group, "grad_b")
+        return grad_x, None, None, None, None, None, None
+
+
+def shrink(x: Tensor, tables: Tables, group: Group, kind: str) -> Tensor:
+    """kind "a": s x A^T of every part; "b": s dY_p B_p of each part. -> [T, P * widest rank], part p of an adapter of rank R in
+    columns p R to (p + 1) R; the rest, and rows without adapter, are left unwritten."""
+    parts, shared = len(group.widths), kind == "a"
+    low = torch.empty(x.shape[0], parts * tables.max_rank, dtype=x.dtype, device=x.device)
+    for own in tables.classes:
+        together = parts if shared and parts * own.block <= WIDEST_SHARED else 1
+        block_r = triton.next_power_of_2(together * own.block)
+        depth = 64 if block_r > 64 else 128
+        even = all(width % depth == 0 for width in ((group.in_features,) if shared else group.widths))
+        _shrink[(len(own.tiles), parts // together)](
+            x, low, tables.wide, own.tiles, tables.ranks, tables.scales, group.first[kind], group.first["columns"],
+            tables.adapters, x.stride(0), low.stride(0), group.in_features,
+            PARTS=together, TRANSPOSED=not shared, ALIGN=group.align, STEP=group.align // x.element_size(),
+            EVEN=even, PRECISION=_precision(x),
+            BLOCK_T=64, BLOCK_R=block_r, BLOCK_K=depth, num_warps=4, num_stages=3,
+        )  # fmt: skip
+    return low
+
+
+def expand(low: Tensor, tables: Tables, group: Group, kind: str, bias: Tensor | None) -> Tensor:
+    """kind "b": low_p B_p^T in the columns of each part [T, sum(widths)]; "a": the sum over parts of low_p A_p [T, I]. Rows
+    without adapter get the bias, or 0."""
+    forward, parts = kind == "b", len(group.widths)
+    width = sum(group.widths) if forward else group.in_features
+    out = torch.empty(low.shape[0], width, dtype=low.dtype, device=low.device)
+    for start, stop in tables.bare:
+        out[start:stop] = 0 if bias is None else bias
+    block_o = 128
+    for own in tables.classes:
+        wide = max(group.widths) if forward else width
+        even = all(size % block_o == 0 for size in (group.widths if forward else (width,)))
+        grid = (triton.cdiv(wide, block_o), parts if forward else 1, len(own.tiles))
+        _expand[grid](
+            low, out, bias if bias is not None else low, tables.wide, own.tiles, tables.ranks, group.first[kind],
+            group.first["columns"], tables.adapters, low.stride(0), width,
+            PARTS=1 if forward else parts, TRANSPOSED=forward, BIAS=bias is not None, ALIGN=group.align,
+            STEP=group.align // low.element_size(), EVEN=even,
+            PRECISION=_precision(low), BLOCK_T=64, BLOCK_R=own.block, BLOCK_O=block_o, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def outer(low: Tensor, y: Tensor, tables: Tables, group: Group, kind: str) -> None:
+    """kind "grad_a": low^T y for all parts, y [T, I]; "grad_b": low_p^T y_p of each part, transposed, y [T, sum(widths)].
+    Added to the gradient slabs in fp32, or written over them where tables.accumulate is 0."""
+    shared, parts = kind == "grad_a", len(group.widths)
+    for own in tables.classes:
+        together = parts if shared and parts * own.block <= WIDEST_SHARED else 1
+        block_r = triton.next_power_of_2(together * own.block)
+        wide = group.in_features if shared else max(group.widths)
+        block_c = 128 if block_r <= 128 else 64
+        grid = (triton.cdiv(wide, block_c), parts // together)
+        part_rows = together * own.block
+        sums = torch.empty(own.slots * (parts // together) * part_rows * wide, dtype=torch.float32, device=y.device)
+        shape = {"PARTS": together, "TRANSPOSED": not shared, "ALIGN": group.align, "BLOCK_R": block_r, "BLOCK_C": block_c}
+        even = all(size % block_c == 0 for size in ((wide,) if shared else group.widths))
+        places = (tables.wide, tables.ranks, tables.accumulate, group.first[kind], group.first["columns"], tables.adapters)
+        _outer[(*grid, len(own.chunks))](
+            low, y, sums, own.chunks, *places, low.stride(0), y.stride(0), wide, part_rows, group.in_features,
+            STEP=group.align // y.element_size(), EVEN=even, PRECISION=_precision(y),
+            BLOCK_T=64, num_warps=8 if block_r * block_c >= 16384 else 4, num_stages=3, **shape,
+        )  # fmt: skip
+        if own.slots:
+            _add_slots[(*grid, len(own.sums))](sums, own.sums, *places, wide, part_rows, group.in_features, **shape)
+
+
+def _precision(x: Tensor) -> str:
+    return "ieee" if x.dtype == torch.float32 else "tf32"  # of products of fp32 alone
+
+
+@triton.jit
+def _row_places(wide, first, adapters, n, part, rank, ELEMENT: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr):
+    """-> for rows j of parts part ... part + PARTS: the part's matrix, the row in it, and whether there is one."""
+    j = tl.arange(0, BLOCK_R)
+    if PARTS == 1:  # one address for all rows, so that the compiler sees them lie side by side
+        address = tl.load(wide + first + part * adapters + n)
+        return address.to(tl.pointer_type(ELEMENT)), j, (j < rank) & (address != 0)
+    within = j < PARTS * rank
+    own = tl.where(within, j // rank, 0)
+    address = tl.load(wide + first + (part + own) * adapters + n, mask=within, other=0)
+    return address.to(tl.pointer_type(ELEMENT)), j - own * rank, within & (address != 0)
+
+
+@triton.jit(do_not_specialize=["first", "at_columns", "adapters"])
+def _shrink(
+    x, low, wide, tiles, ranks, scales, first, at_columns, adapters, stride_x, stride_low, in_features,
+    PARTS: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr, STEP: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """low[t, j] = s sum_k x[t, column + k] M[j, k]; M is A [R, I], or B [O, R] transposed."""
+    tile, part = tl.program_id(0), tl.program_id(1) * PARTS
+    n, start, stop = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
+    rank = tl.load(ranks + n)
+    matrix, row, there = _row_places(wide, first, adapters, n, part, rank, x.dtype.element_ty, PARTS, BLOCK_R)
+    matrix = tl.multiple_of(matrix, ALIGN)
+    column, size = 0, in_features
+    if TRANSPOSED:
+        column = tl.load(wide + at_columns + part).to(tl.int32)
+        size = tl.load(wide + at_columns + part + 1).to(tl.int32) - column
+        column = tl.multiple_of(column, STEP)
+        stride_k = tl.multiple_of(rank, STEP)
+        m_rows = matrix + row
+    else:
+        stride_k = 1
+        m_rows = matrix + row * in_features
+    t = start + tl.arange(0, BLOCK_T)
+    k = tl.arange(0, BLOCK_K)
+    x_at = x + t.to(tl.int64)[:, None] * stride_x + column + k[None, :]
+    m_at = m_rows[None, :] + k[:, None] * stride_k
+    total = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    for at in range(0, size, BLOCK_K):
+        if EVEN:
+            rows = tl.load(x_at, mask=(t < stop)[:, None], other=0.0)
+            block = tl.load(m_at, mask=there[None, :], other=0.0)
+        else:
+            left = k < size - at
+            rows = tl.load(x_at, mask=(t < stop)[:, None] & left[None, :], other=0.0)
+            block = tl.load(m_at, mask=there[None, :] & left[:, None], other=0.0)
+        total = tl.dot(rows, block, total, input_precision=PRECISION)
+        x_at += BLOCK_K
+        m_at += BLOCK_K * stride_k
+    total *= tl.load(scales + n)
+    j = tl.arange(0, BLOCK_R)
+    low_at = low + t.to(tl.int64)[:, None] * stride_low + (part * rank + j)[None, :]
+    tl.store(low_at, total.to(low.dtype.element_ty), mask=(t < stop)[:, None] & (j < PARTS * rank)[None, :])
+
+
+@triton.jit(do_not_specialize=["first", "at_columns", "adapters"])
+def _expand(
+    low, out, bias, wide, tiles, ranks, first, at_columns, adapters, stride_low, stride_out,
+    PARTS: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, ALIGN: tl.constexpr, STEP: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """out[t, column + o] = sum over parts p, rows j of low[t, p R + j] M_p[j, o]; M is A [R, I], or B [O, R] transposed."""
+    tile, part = tl.program_id(2), tl.program_id(1)
+    n, start, stop = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
+    rank = tl.load(ranks + n)
+    column, size = 0, stride_out
+    if TRANSPOSED:
+        column = tl.load(wide + at_columns + part).to(tl.int32)
+        size = tl.load(wide + at_columns + part + 1).to(tl.int32) - column
+        column = tl.multiple_of(column, STEP)
+    if tl.program_id(0) * BLOCK_O < size:
+        t = start + tl.arange(0, BLOCK_T)
+        o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+        j = tl.arange(0, BLOCK_R)
+        total = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
+        for p in tl.static_range(PARTS):
+            address = tl.load(wide + first + (part + p) * adapters + n)
+            matrix = tl.multiple_of(address.to(tl.pointer_type(low.dtype.element_ty)), ALIGN)
+            there = (j < rank) & (address != 0)
+            low_at = low + t.to(tl.int64)[:, None] * stride_low + ((part + p) * rank + j)[None, :]
+            rows = tl.load(low_at, mask=(t < stop)[:, None] & there[None, :], other=0.0)
+            if TRANSPOSED:
+                m_at = matrix + o[None, :] * tl.multiple_of(rank, STEP) + j[:, None]
+            else:
+                m_at = matrix + j[:, None] * stride_out + o[None, :]
+            mask = there[:, None] if EVEN else there[:, None] & (o < size)[None, :]
+            total = tl.dot(rows, tl.load(m_at, mask=mask, other=0.0), total, input_precision=PRECISION)
+        if BIAS:
+            total += tl.load(bias + column + o, mask=o < size, other=0.0).to(tl.float32)[None, :]
+        out_at = out + t.to(tl.int64)[:, None] * stride_out + column + o[None, :]
+        mask = (t < stop)[:, None] if EVEN else (t < stop)[:, None] & (o < size)[None, :]
+        tl.store(out_at, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_to_slab(
+    total, wide, ranks, accumulate, first, adapters, n, part, c, size, in_features,
+    PARTS: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    rank = tl.load(ranks + n)
+    matrix, row, there = _row_places(wide, first, adapters, n, part, rank, tl.float32, PARTS, BLOCK_R)
+    matrix = tl.multiple_of(matrix, ALIGN)
+    stride_row, stride_c = (1, rank) if TRANSPOSED else (in_features, 1)
+    at = (matrix + row * stride_row)[:, None] + c[None, :] * stride_c
+    mask = there[:, None] & (c < size)[None, :]
+    keeps = mask & (tl.load(accumulate + n) != 0)
+    tl.store(at, total + tl.load(at, mask=keeps, other=0.0), mask=mask)
+
+
+@triton.jit
+def _columns(wide, at_columns, part, in_features, TRANSPOSED: tl.constexpr):
+    """-> first column and width of a part in y."""
+    column, size = 0, in_features
+    if TRANSPOSED:
+        column = tl.load(wide + at_columns + part).to(tl.int32)
+        size = tl.load(wide + at_columns + part + 1).to(tl.int32) - column
+    return column, size
+
+
+@triton.jit(do_not_specialize=["first", "at_columns", "adapters", "part_rows"])
+def _outer(
+    low, y, sums, chunks, wide, ranks, accumulate, first, at_columns, adapters, stride_low, stride_y, widest, part_rows,
+    in_features,
+    PARTS: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr, STEP: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """G[j, c] = sum over a chunk's tokens of low[t, j] y[t, column + c], to slab or slot [parts, rows, c]."""
+    chunk, part = tl.program_id(2), tl.program_id(1) * PARTS
+    n, start = tl.load(chunks + 4 * chunk), tl.load(chunks + 4 * chunk + 1)
+    stop, slot = tl.load(chunks + 4 * chunk + 2), tl.load(chunks + 4 * chunk + 3)
+    rank = tl.load(ranks + n)
+    column, size = _columns(wide, at_columns, part, in_features, TRANSPOSED)
+    column = tl.multiple_of(column, STEP)
+    if tl.program_id(0) * BLOCK_C < size:
+        t = start + tl.arange(0, BLOCK_T)
+        j = tl.arange(0, BLOCK_R)
+        c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+        within = j < PARTS * rank
+        low_at = low + t.to(tl.int64)[None, :] * stride_low + (part * rank + j)[:, None]
+        y_at = y + t.to(tl.int64)[:, None] * stride_y + column + c[None, :]
+        total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        for at in range(start, stop, BLOCK_T):
+            left = tl.arange(0, BLOCK_T) < stop - at
+            rows = tl.load(low_at, mask=within[:, None] & left[None, :], other=0.0)
+            mask = left[:, None] if EVEN else left[:, None] & (c < size)[None, :]
+            total = tl.dot(rows, tl.load(y_at, mask=mask, other=0.0), total, input_precision=PRECISION)
+            low_at += BLOCK_T * stride_low
+            y_at += BLOCK_T * stride_y
+        if slot < 0:
+            _add_to_slab(
+                total, wide, ranks, accumulate, first, adapters, n, part, c, size, in_features,
+                PARTS, TRANSPOSED, ALIGN, BLOCK_R,
+            )  # fmt: skip
+        else:
+            block = (slot * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * part_rows
+            at = sums + (block + j)[:, None] * widest + c[None, :]
+            tl.store(at, total, mask=within[:, None] & (c < size)[None, :])
+
+
+@triton.jit(do_not_specialize=["first", "at_columns", "adapters", "part_rows"])
+def _add_slots(
+    sums, spans, wide, ranks, accumulate, first, at_columns, adapters, widest, part_rows, in_features,
+    PARTS: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The chunks' sums of one adapter, in their order, to its slab."""
+    span, part = tl.program_id(2), tl.program_id(1) * PARTS
+    n, slot, end = tl.load(spans + 3 * span), tl.load(spans + 3 * span + 1), tl.load(spans + 3 * span + 2)
+    _, size = _columns(wide, at_columns, part, in_features, TRANSPOSED)
+    if tl.program_id(0) * BLOCK_C < size:
+        j = tl.arange(0, BLOCK_R)
+        c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+        mask = (j < PARTS * tl.load(ranks + n))[:, None] & (c < size)[None, :]
+        total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        for at in range(slot, end):
+            block = (at * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * part_rows
+            total += tl.load(sums + (block + j)[:, None] * widest + c[None, :], mask=mask, other=0.0)
+        _add_to_slab(
+            total, wide, ranks, accumulate, first, adapters, n, part, c, size, in_features, PARTS, TRANSPOSED, ALIGN, BLOCK_R
+        )
