@@ -5,13 +5,17 @@ VENV := .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test smoke lint setup clean
 
 demo: $(READY)
 	$(BIN)/weft adapters=demo run.dir=outputs/demo
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The benchmarks in small: that they run and write what they should; their figures mean nothing.
+smoke: $(READY)
+	$(BIN)/python benchmarks/experiments.py --smoke
 
 lint: $(READY)
 	$(BIN)/ruff check .
