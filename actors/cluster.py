@@ -49,6 +49,7 @@ PROCESSES_FILE = "processes.jsonl"
 COUNTERS = ("weft_tokens_sampled", "weft_tokens_trained")
 HISTOGRAMS = "weft_time_"
 SECONDS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
+_log = logging.getLogger(__name__)
 
 
 class _Host:
@@ -95,6 +96,7 @@ class Process:
         self.pid = pid
         self._handle = handle
         self._life: asyncio.Future[None] = asyncio.wrap_future(handle.run.remote().future())
+        self._life.add_done_callback(lambda life: life.cancelled() or life.exception())  # awaited or not, it is no news
 
     async def wait_death(self) -> str:
         """Wait for the end of the process; returns why, in one line."""
@@ -138,16 +140,17 @@ class Cluster:
         self._folder = Path(folder)
         self.log_folder = self._folder / "logs"
         self.dashboard = ""
+        self._names: dict[str, str] = {}  # of the processes that were started, by pid
         # Unix sockets have paths of at most 107 bytes, and Ray puts 60 of its own behind this one.
         self._ray_folder = Path(tempfile.gettempdir()) / f"weft-ray-{self.run_id}"
 
     async def __aenter__(self) -> Cluster:
         self._remove_leftovers()
-        self.shared_folder.mkdir(mode=0o700, parents=True)
         try:
             # On this thread, though it blocks: Ray's own processes end with the thread that started them.
             self._start_ray()
             self._check_gpus()
+            self.shared_folder.mkdir(mode=0o700, parents=True)
         except BaseException:
             self._stop_ray()
             raise
@@ -193,11 +196,24 @@ class Cluster:
 
     def _note(self, name: str, endpoint: str, pid: int) -> None:
         """One line a started process: which pid is which, and how often it had to be started."""
+        self._names[str(pid)] = name
         self._folder.mkdir(parents=True, exist_ok=True)
         with (self._folder / PROCESSES_FILE).open("a") as file:
             file.write(json.dumps({"time": time.time(), "name": name, "pid": pid, "endpoint": endpoint}) + "\n")
 
     def _start_ray(self) -> None:
+        """Once more if it fails: a busy machine can be too slow for the 30 s in which Ray wants its raylet to answer."""
+        try:
+            self._init_ray()
+        except Exception as error:  # noqa: BLE001  Ray raises a bare Exception for that
+            _log.warning("Ray did not start, and is started again: %s", error)
+            self._stop_ray()
+            try:
+                self._init_ray()
+            except Exception as again:
+                raise StartError(f"Ray did not start: {again}") from again
+
+    def _init_ray(self) -> None:
         with _variables(RAY_ENVIRONMENT):
             import ray
 
@@ -238,13 +254,12 @@ class Cluster:
         self._remove_leftovers()
 
     def _keep_logs(self) -> None:
-        """What the actors wrote, beside the run's other output; Ray's own folder goes."""
-        logs = self._ray_folder / "session_latest" / "logs"
-        if logs.is_dir():
-            self.log_folder.mkdir(parents=True, exist_ok=True)
-            for file in [*logs.glob("worker-*.out"), *logs.glob("worker-*.err")]:
-                if file.stat().st_size:
-                    shutil.copy(file, self.log_folder / file.name)
+        """What each process wrote, as logs/<name>.<pid>.err and .out beside the run's other output; Ray's own folder goes."""
+        for file in (self._ray_folder / "session_latest" / "logs").glob("worker-*-*.*"):
+            pid = file.stem.rsplit("-", 1)[-1]
+            if file.suffix in (".out", ".err") and file.stat().st_size:
+                self.log_folder.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, self.log_folder / f"{self._names.get(pid, 'not-started')}.{pid}{file.suffix}")
 
     def _remove_leftovers(self) -> None:
         for folder in (self.shared_folder, self._ray_folder):
