@@ -129,8 +129,9 @@ def ppo(config: LossConfig, tokens: LossTokens) -> _Surrogate:
     Left out: value function and entropy bonus.
 
     grpo (Shao et al. 2024, DeepSeekMath) and dr_grpo (Liu et al. 2025, "Understanding R1-Zero-Like Training") have this very
-    surrogate. GRPO differs by its advantages and its KL term; Dr. GRPO by advantages without standard deviation and by the
-    constant normalization, which `auto` gives it.
+    surrogate. GRPO differs by its advantages, its KL term and its mean over each row, for which `auto` takes the token mean of
+    DAPO (`sequence` is the paper's); Dr. GRPO by advantages without standard deviation and by the constant normalization, both
+    of which `auto` gives it.
     """
     log_ratio, corrected = correct(config, tokens.logprobs - tokens.sampler_logprobs)
     values, clipped = _clip(config, log_ratio.exp(), tokens.advantages)
@@ -186,9 +187,10 @@ def decoupled_ppo(config: LossConfig, tokens: LossTokens) -> _Surrogate:
 
 
 def cross_entropy(config: LossConfig, tokens: LossTokens) -> _Surrogate:
-    """-p: the supervised loss. Advantages and the sampler's log-probabilities are not read."""
+    """-A p, A the weight of the row: 1 in a supervised step, the reward on the policy's own samples (RAFT, Dong et al. 2023).
+    The sampler's log-probabilities are not read."""
     none = torch.zeros_like(tokens.logprobs, dtype=torch.bool)
-    return _Surrogate(-tokens.logprobs, none, none)
+    return _Surrogate(-tokens.advantages * tokens.logprobs, none, none)
 
 
 def _clip(config: LossConfig, ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:

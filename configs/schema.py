@@ -14,7 +14,7 @@ ALL_LINEAR = "all-linear"
 MAX_RANK = 512
 SCHEDULES = ("constant", "linear", "cosine")
 LOSSES = ("importance_sampling", "ppo", "grpo", "dr_grpo", "cispo", "gspo", "dppo", "decoupled_ppo", "cross_entropy")
-ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce")
+ADVANTAGES = ("auto", "grpo", "dr_grpo", "rloo", "reinforce")
 NORMALIZATIONS = ("auto", "token", "sequence", "constant")
 CORRECTIONS = ("none", "tis", "icepop")
 ROLLOUT_VERSIONS = ("pinned", "between_turns")
@@ -79,7 +79,7 @@ class LossConfig:
     """What one adapter minimises. The formulas and their sources are in actors/loss.py and pipeline/advantage.py."""
 
     name: str = "grpo"
-    advantage: str = "grpo"
+    advantage: str = "auto"
     normalization: str = "auto"  # token: / loss tokens; sequence: mean of row means; constant: / (rows * max_tokens)
     clip_low: float = 0.2  # the ratio is kept above 1 - clip_low ...
     clip_high: float = 0.2  # ... and below 1 + clip_high
@@ -100,6 +100,12 @@ class LossConfig:
         _check(uncorrected, "correction", self.correction, "none with name=cross_entropy, which has no ratio to correct")
 
     @property
+    def estimator(self) -> str:
+        """advantage, where auto is the loss's own: dr_grpo for dr_grpo, grpo for the others."""
+        own = "dr_grpo" if self.name == "dr_grpo" else "grpo"
+        return own if self.advantage == "auto" else self.advantage
+
+    @property
     def denominator(self) -> str:
         """normalization, where auto is the loss's own: constant for dr_grpo, sequence for gspo, token for the others."""
         own = {"dr_grpo": "constant", "gspo": "sequence"}
@@ -108,7 +114,8 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How one adapter's rollouts are drawn; log-probabilities are of the distribution after temperature, top-p and top-k."""
+    """How one adapter's rollouts are drawn. The sampler's log-probabilities are of the distribution after temperature, top-p and
+    top-k; the trainer's know the temperature alone, so with top-p or top-k a ratio is below 1 before any step is taken."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -166,7 +173,7 @@ class AdapterConfig:
         _check(self.max_staleness >= 0, "max_staleness", self.max_staleness, "at least 0")
         _one_of("rollout_version", self.rollout_version, ROLLOUT_VERSIONS)
         _check(self.eval_prompts >= 0, "eval_prompts", self.eval_prompts, "at least 0")
-        compares = self.loss.advantage in ("grpo", "dr_grpo", "rloo") and self.loss.name != "cross_entropy"
+        compares = self.loss.estimator != "reinforce" and self.loss.name != "cross_entropy"
         rule = f"at least 2 with loss.advantage={self.loss.advantage}"
         _check(self.group_size > 1 or not compares, "group_size", self.group_size, rule)
 

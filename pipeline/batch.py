@@ -2,9 +2,9 @@
 
 T tokens of n rows; one row is one rollout. A token has a loss where the policy sampled it (versions != UNSAMPLED).
 
-Rows without an advantage are left out of the packed tokens where they could not move a weight: without a KL term, and not
-under cross-entropy, every loss of actors/loss.py vanishes with the advantage, so the row's gradient is exactly zero. They stay
-in the denominators (loss_tokens, loss_rows), so leaving them out changes the cost of the step and not the step.
+Rows without an advantage are left out of the packed tokens where they could not move a weight: without a KL term every loss of
+actors/loss.py vanishes with the advantage, so the row's gradient is exactly zero. They stay in the denominators (loss_tokens,
+loss_rows), so leaving them out changes the cost of the step and not the step.
 
 A step in which no row has an advantage is still taken, with T = 0. It is the same step as with the rows in: the gradient is
 zero, AdamW's moments decay, momentum and weight decay move the weights as they would have, the step counter of bias correction
@@ -41,7 +41,7 @@ class RolloutFigures:
 def make_batch(config: AdapterConfig, ref: AdapterRef, groups: Sequence[Group]) -> TrainBatch:
     """Pack the rows of `groups` (in their order) for one step from version `ref`.
 
-    Advantages: loss.advantage of the rewards; under cross-entropy the reward itself is the row's weight (RAFT, Dong et al.
+    Advantages: loss.estimator of the rewards; under cross-entropy the reward itself is the row's weight (RAFT, Dong et al.
     2023). Raises AdapterFault for a reward that is not finite.
     """
     rewards = np.array([[sample.reward for sample in group.samples] for group in groups], dtype=np.float64)
@@ -49,9 +49,8 @@ def make_batch(config: AdapterConfig, ref: AdapterRef, groups: Sequence[Group]) 
         group, sample = np.argwhere(~np.isfinite(rewards))[0]
         value, prompt = rewards[group, sample], groups[group].prompt_index
         raise AdapterFault(f"{config.name}: a rollout of prompt {prompt} has the reward {value}", "ValueError")
-    supervised = config.loss.name == "cross_entropy"
-    weights = rewards if supervised else advantages(config.loss.advantage, rewards)
-    keep_all = supervised or config.loss.kl_coefficient > 0
+    weights = rewards if config.loss.name == "cross_entropy" else advantages(config.loss.estimator, rewards)
+    keep_all = config.loss.kl_coefficient > 0
     rows = [
         (sample, weights[g, i], g)
         for g, group in enumerate(groups)

@@ -50,7 +50,7 @@ MAIN = (
         ("lora.warm_start", "a PEFT folder of the same shape"),
         ("optimizer.learning_rate", "of AdamW"),
         ("loss.name", "importance_sampling, ppo, grpo, dr_grpo, cispo, gspo, dppo, decoupled_ppo, cross_entropy"),
-        ("loss.advantage", "grpo, dr_grpo, rloo, reinforce"),
+        ("loss.advantage", "auto (the loss's own), grpo, dr_grpo, rloo, reinforce"),
         ("loss.kl_coefficient", "weight of the KL divergence to the base"),
         ("sampling.temperature", ""),
         ("sampling.max_tokens", "new tokens a turn"),

@@ -10,7 +10,7 @@ import pytest
 from weft.configs import schema
 from weft.configs.build import SettingError, build
 from weft.configs.expand import leaves
-from weft.configs.schema import AdapterConfig, ClusterConfig, ModelConfig, RunConfig
+from weft.configs.schema import AdapterConfig, ClusterConfig, LossConfig, ModelConfig, RunConfig
 
 SECTIONS = {"run": RunConfig, "model": ModelConfig, "cluster": ClusterConfig, "adapter": AdapterConfig}
 LISTED = """
@@ -68,7 +68,7 @@ def test_every_setting_but_an_adapters_name_has_a_default() -> None:
         (AdapterConfig, {"lora": {"rnk": 8}}, "a.lora.rnk: unknown setting; did you mean 'rank'?"),
         (AdapterConfig, {"max_staleness": -1}, "a.max_staleness=-1: must be at least 0"),
         (AdapterConfig, {"batch_size": 65}, "a.batch_size=65: must be a multiple of group_size=8"),
-        (AdapterConfig, {"batch_size": 8, "group_size": 1}, "a.group_size=1: must be at least 2 with loss.advantage=grpo"),
+        (AdapterConfig, {"batch_size": 8, "group_size": 1}, "a.group_size=1: must be at least 2 with loss.advantage=auto"),
         (AdapterConfig, {"name": "a/b"}, "a.name='a/b': must be letters, digits"),
         (AdapterConfig, {"optimizer": {"betas": [0.9]}}, "a.optimizer.betas=[0.9]: must have 2 values"),
         (AdapterConfig, {"optimizer": {"learning_rate": "fast"}}, "a.optimizer.learning_rate='fast': must be of type float"),
@@ -86,6 +86,20 @@ def test_what_cannot_be_is_refused_by_name_value_and_rule(cls: type, settings: d
     with pytest.raises(SettingError) as caught:
         build(cls, named, "a")
     assert message in str(caught.value)
+
+
+def test_auto_is_the_losss_own() -> None:
+    assert {name: LossConfig(name=name).estimator for name in ("grpo", "dr_grpo", "gspo")} == {
+        "grpo": "grpo",
+        "dr_grpo": "dr_grpo",
+        "gspo": "grpo",
+    }
+    assert LossConfig(name="dr_grpo", advantage="rloo").estimator == "rloo"
+    assert {name: LossConfig(name=name).denominator for name in ("grpo", "dr_grpo", "gspo")} == {
+        "grpo": "token",
+        "dr_grpo": "constant",
+        "gspo": "sequence",
+    }
 
 
 def test_numbers_as_yaml_gives_them_become_what_the_schema_says() -> None:

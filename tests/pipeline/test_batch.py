@@ -47,7 +47,7 @@ def test_packing_keeps_every_row_whole_and_in_order(data):
     groups = groups_of(rewards, lengths)
     batch = make_batch(config(size, loss), REF, groups)
     expected = rewards if loss.name == "cross_entropy" else advantages("grpo", rewards)
-    keep_all = loss.kl_coefficient > 0 or loss.name == "cross_entropy"
+    keep_all = loss.kl_coefficient > 0
     rows = [(g, i) for g in range(len(rewards)) for i in range(size) if keep_all or expected[g][i] != 0]
     assert len(batch.offsets) == len(rows) + 1 == len(batch.advantages) + 1 == len(batch.groups) + 1
     assert batch.offsets[0] == 0 and batch.offsets[-1] == len(batch.tokens)
@@ -71,6 +71,12 @@ def test_a_step_without_any_advantage_has_no_tokens_but_its_denominators():
     assert len(batch.tokens) == len(batch.mask) == len(batch.advantages) == 0
     assert batch.offsets.tolist() == [0]
     assert (batch.loss_rows, batch.loss_tokens) == (4, 12)
+
+
+def test_dr_grpo_compares_siblings_without_their_standard_deviation():
+    rewards = [[1.0, 0.0, 0.0, 0.0]]
+    batch = make_batch(config(4, LossConfig(name="dr_grpo")), REF, groups_of(rewards))
+    assert batch.advantages.tolist() == [0.75, -0.25, -0.25, -0.25]
 
 
 def test_tool_output_between_turns_has_no_loss():
