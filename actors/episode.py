@@ -77,10 +77,10 @@ class Chat:
 
     def _render(self, prompt: Prompt, messages: Sequence[ChatMessage]) -> str:
         tools = list(prompt.tools) or None
-        return self._tokenizer.apply_chat_template(list(messages), tools=tools, add_generation_prompt=True, tokenize=False)
+        return str(self._tokenizer.apply_chat_template(list(messages), tools=tools, add_generation_prompt=True, tokenize=False))
 
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
 
 
 @dataclass
@@ -120,7 +120,9 @@ async def run_episode(
     Raises AdapterFault for whatever the environment raises. The reward is that of the last reply, done or not.
     """
     assert len(prompt_tokens) < bounds.max_length, "the caller refuses prompts that leave no room"
-    tape, turns, metrics = _Tape(), [], {}
+    tape = _Tape()
+    turns: list[ChatMessage] = []
+    metrics: dict[str, float] = {}
     tape.given(prompt_tokens)
     truncated = False
     for index in range(bounds.max_turns):

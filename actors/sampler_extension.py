@@ -28,9 +28,11 @@ from vllm.lora.lora_weights import LoRALayerWeights
 
 from weft.actors.lora import SlabLayout, linear_shapes
 from weft.actors.sampler_lora import use_grouped_lora
+from weft.transport.broadcast import BroadcastGroup
 
 PENDING, INSTALLED = "pending", "installed"
-MAX_WAITING = 64  # slabs on their way to one engine; a relay has one in flight per adapter
+MAX_WAITING = 64  # slabs on their way over one group
+MAX_LINES = 8  # groups kept; a relay keeps fewer, and never comes back to an epoch that it has left
 
 
 def _end_with_parent() -> None:
@@ -57,11 +59,10 @@ class _Line:
     """One broadcast group and the thread that receives over it, in the order of asking. A fault ends it and what waits."""
 
     def __init__(self, group: dict[str, Any]) -> None:
-        self._group = group
-        self._jobs: queue.Queue[tuple[torch.Tensor, Future[torch.Tensor]]] = queue.Queue(MAX_WAITING)
-        self._thread = threading.Thread(target=self._serve, name=f"weft-{group['epoch']}", daemon=True)
+        self._link = BroadcastGroup(**group)
+        self._jobs: queue.Queue[tuple[torch.Tensor, Future[torch.Tensor]] | None] = queue.Queue(MAX_WAITING)
         self.broken: BaseException | None = None
-        self._thread.start()
+        threading.Thread(target=self._serve, name=f"weft-{group['epoch']}", daemon=True).start()
 
     def receive(self, raw: torch.Tensor) -> Future[torch.Tensor]:
         """The next broadcast fills `raw` (uint8). Raises queue.Full when too many wait."""
@@ -69,22 +70,18 @@ class _Line:
         self._jobs.put_nowait((raw, done))
         return done
 
-    def _serve(self) -> None:
-        from weft.transport.broadcast import BroadcastGroup  # heavy, and needed by this thread alone
+    def close(self) -> None:
+        """Leave the group; what still waits for it fails."""
+        self._link.close()
+        self._jobs.put(None)
 
-        members = {key: self._group[key] for key in ("rank", "world_size", "backend", "deadline_s")}
-        link = None
-        while True:
-            raw, done = self._jobs.get()
+    def _serve(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            raw, done = job
             try:
-                if self.broken is not None:
-                    raise self.broken
-                if link is None:
-                    link = BroadcastGroup(self._group["store"], self._group["epoch"], **members)
-                link.broadcast(raw)
-            except Exception as error:  # noqa: BLE001 whatever it is, the waiting install reports it; the line is lost
-                if self.broken is None and link is not None:
-                    link.close()
+                self._link.broadcast(raw)
+            except Exception as error:  # noqa: BLE001 whatever it is, the waiting install reports it; the group is lost
+                self._link.close()
                 self.broken = error
                 done.set_exception(error)
             else:
@@ -167,10 +164,14 @@ class SamplerExtension:
         return {"pid": os.getpid(), "lora_ids": sorted(self.weft_manager.list_adapters())}
 
     def _line(self, group: dict[str, Any]) -> _Line:
-        line = self.weft_lines.get(group["epoch"])
+        lines = self.weft_lines
+        line = lines.pop(group["epoch"], None)
         if line is None or line.broken is not None:
-            self.weft_lines = {name: held for name, held in self.weft_lines.items() if held.broken is None}
-            line = self.weft_lines[group["epoch"]] = _Line(group)
+            line = _Line(group)
+        lines[group["epoch"]] = line  # the last is the one used last
+        broken = [epoch for epoch, held in lines.items() if held.broken is not None]
+        for epoch in broken + [epoch for epoch in lines if epoch not in broken][:-MAX_LINES]:
+            lines.pop(epoch).close()
         return line
 
     def _buffer(self, nbytes: int, backend: str) -> torch.Tensor:
@@ -198,7 +199,7 @@ class SamplerExtension:
     def _weights(self, key: str, slab: dict[str, Any], layout: SlabLayout, raw: torch.Tensor) -> dict[str, LoRALayerWeights]:
         """vLLM's weights of one slab, the scale folded into B here and nowhere else (scaling=1 tells vLLM so)."""
         if raw.is_cuda:
-            stream = torch.cuda.Stream(raw.device)  # not behind the engine's own work
+            stream = torch.cuda.Stream(raw.device)  # type: ignore[no-untyped-call]  # not behind the engine's own work
             with torch.cuda.stream(stream):
                 loras = self._split(key, slab, layout, raw)
             stream.synchronize()

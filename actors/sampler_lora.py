@@ -21,14 +21,15 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms import current_platform
 
 _WASTE = 4  # padded places a token, beyond which the adapters are done one by one
+_FREE = 128  # padded places that cost no more than the calls around them
 
 
 @dataclass(frozen=True)
 class Groups:
-    """The tokens of one batch by adapter. slots: the adapters' places in the stacked buffers, ascending; width: W.
+    """The tokens of one batch by adapter. slots [N]: the adapters' places in the stacked buffers, ascending; width: W.
 
     source [N W]: the token at each place (any token where the place is padding). place [T']: the place of each token that has
-    an adapter. rows [T']: these tokens, or None when every token has one.
+    an adapter. rows [T']: these tokens, or None when every token has one. counts [N]: tokens of each adapter.
     """
 
     slots: tuple[int, ...]
@@ -39,21 +40,29 @@ class Groups:
     counts: tuple[int, ...]
 
     @classmethod
-    def of(cls, indices: Tensor) -> Groups:
-        """indices [T]: each token's slot, -1 for the base alone."""
+    def of(cls, indices: Tensor, before: tuple[int, ...] = ()) -> Groups:
+        """indices [T]: each token's slot, -1 for the base alone. before: the slots of the last batch, which are kept, though
+        some have no token now, as long as that is cheap: their weights are packed already."""
         rows = None
         if bool((indices < 0).any()):
             rows = (indices >= 0).nonzero()[:, 0]
             indices = indices[rows]
-        slots, group, counts = torch.unique(indices, return_inverse=True, return_counts=True)
-        width = int(counts.max()) if len(counts) else 0
+        counts = torch.bincount(indices)
+        slots = tuple(counts.nonzero()[:, 0].tolist())
+        width = int(counts.max()) if slots else 0
+        if slots and set(slots) < set(before) and len(before) * width <= max(_WASTE * len(indices), _FREE):
+            slots = before
+            counts = torch.nn.functional.pad(counts, (0, max(0, before[-1] + 1 - len(counts))))
+        chosen = torch.tensor(slots, dtype=torch.long)
+        counts = counts[chosen]
+        group = torch.searchsorted(chosen, indices)
         order = torch.argsort(group, stable=True)
         within = torch.empty_like(group)
         within[order] = torch.arange(len(group)) - (counts.cumsum(0) - counts)[group[order]]
         place = group * width + within
         source = torch.zeros(len(slots) * width, dtype=torch.long)
         source[place] = torch.arange(len(group)) if rows is None else rows
-        return cls(tuple(slots.tolist()), width, source, place, rows, tuple(counts.tolist()))
+        return cls(slots, width, source, place, rows, tuple(counts.tolist()))
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ class GroupedLora(PunicaWrapperCPU):
     ) -> None:
         """Called when the batch's tokens or adapters have changed."""
         super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
-        self._groups = Groups.of(self.token_lora_indices)
+        self._groups = Groups.of(self.token_lora_indices, self._groups.slots)
 
     def add_lora_linear(
         self,
@@ -105,7 +114,7 @@ class GroupedLora(PunicaWrapperCPU):
         if n == 1 and groups.rows is None:
             y.addmm_(x @ packed.a[0], packed.b[0], alpha=scale)
             return
-        if n * width > _WASTE * len(groups.place):
+        if n * width > max(_WASTE * len(groups.place), _FREE):
             self._one_by_one(y, x, packed, scale)
             return
         hidden = torch.bmm(x.index_select(0, groups.source).view(n, width, -1), packed.a)
@@ -119,6 +128,8 @@ class GroupedLora(PunicaWrapperCPU):
         """For a batch in which one adapter has most tokens: a prompt beside decoding."""
         groups = self._groups
         for n, count in enumerate(groups.counts):
+            if not count:
+                continue
             rows = groups.source[n * groups.width : n * groups.width + count]
             y.index_add_(0, rows, x.index_select(0, rows) @ packed.a[n] @ packed.b[n], alpha=scale)
 
@@ -151,4 +162,4 @@ def use_grouped_lora() -> None:
     """Have vLLM's CPU platform name GroupedLora; other platforms keep theirs."""
     if current_platform.is_cpu():
         name = f"{GroupedLora.__module__}.{GroupedLora.__qualname__}"
-        type(current_platform).get_punica_wrapper = classmethod(lambda cls: name)
+        type(current_platform).get_punica_wrapper = classmethod(lambda cls: name)  # type: ignore[method-assign, assignment]

@@ -24,7 +24,7 @@ OWNERS = {
     "ray": {"actors/cluster.py"},
     "torch.distributed": {"transport/broadcast.py", "transport/rendezvous.py"},
     "uvloop": {"pipeline/main.py"},
-    "vllm": {"actors/sampler.py", "actors/sampler_engine.py", "actors/sampler_extension.py"},
+    "vllm": {"actors/sampler_engine.py", "actors/sampler_extension.py", "actors/sampler_lora.py"},
     "zmq": {"transport/channel.py"},
 }
 NOT_IN_PIPELINE = {"torch", "ray", "vllm", "zmq", "transformers"}

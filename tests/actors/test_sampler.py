@@ -30,6 +30,7 @@ from weft.actors.lora import SlabLayout, linear_shapes, resolve_targets
 from weft.actors.sampler import Sampler
 from weft.actors.sampler_engine import STEP_TOKENS_CPU, EngineLostError
 from weft.configs.schema import AdapterConfig, EnvironmentConfig, SamplerConfig, SamplingConfig
+from weft.transport.broadcast import BroadcastGroup, RendezvousStore
 from weft.transport.errors import AdapterFault, InstallError
 from weft.transport.messages import (
     UNSAMPLED,
@@ -580,6 +581,52 @@ def test_a_version_told_twice_is_installed_once(bench: Bench) -> None:
         bench.check(await bench.rollout(ref))
 
     bench.run(law())
+
+
+def broadcast(bench: Bench, handle: SlabHandle, group: BroadcastGroup, store: str, epoch: str) -> None:
+    async def work() -> None:
+        announced = dataclasses.replace(handle, data=None)
+        await bench.sampler.handle(Receive(announced, store, epoch, 1, 2, "gloo", 10.0))
+        async with asyncio.TaskGroup() as tasks:
+            install = tasks.create_task(bench.sampler.handle(Install(handle.ref)))  # waits for the slab; the engine does not
+            bench.check(await bench.rollout(dataclasses.replace(handle.ref, version=0)))
+            assert not install.done()
+            await asyncio.to_thread(group.broadcast, torch.from_numpy(handle.data))
+
+    bench.run(work())
+
+
+def test_slabs_come_by_broadcast_while_the_engine_goes_on(bench: Bench) -> None:
+    ref = bench.run(bench.adapter(version=0))
+    store = RendezvousStore()
+    for epoch in ("a", "b"):  # a relay that forms its group anew
+        group = BroadcastGroup(store.address, epoch, 0, 2, deadline_s=10.0)
+        for _ in range(2):  # a group is kept for the next slab
+            ref = dataclasses.replace(ref, version=ref.version + 1)
+            handle = bench.reference.slab(ref)
+            broadcast(bench, handle, group, store.address, epoch)
+            bench.check(bench.run(bench.rollout(ref)))
+            bench.run(bench.sampler.handle(Retire(ref)))
+        group.close()
+
+
+def test_a_broadcast_that_never_comes_is_an_install_error_and_the_next_one_is_taken(bench: Bench) -> None:
+    ref = bench.run(bench.adapter(version=0))
+    store = RendezvousStore()
+    handle = bench.reference.slab(dataclasses.replace(ref, version=1))
+
+    async def law() -> None:
+        announced = dataclasses.replace(handle, data=None)
+        await bench.sampler.handle(Receive(announced, store.address, "gone", 1, 2, "gloo", 10.0))
+        store.dissolve("gone")
+        with pytest.raises(InstallError, match="gone"):
+            await bench.sampler.handle(Install(handle.ref))
+
+    bench.run(law())
+    group = BroadcastGroup(store.address, "again", 0, 2, deadline_s=10.0)
+    broadcast(bench, handle, group, store.address, "again")
+    group.close()
+    bench.check(bench.run(bench.rollout(handle.ref)))
 
 
 ALONE = """

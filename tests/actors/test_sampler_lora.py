@@ -35,7 +35,7 @@ def wanted(y: torch.Tensor, x: torch.Tensor, slots: list[int], a: tuple, b: tupl
 
 
 def wrapper(slots: list[int]) -> GroupedLora:
-    made = GroupedLora(64, 64, "cpu")
+    made = GroupedLora(128, 128, "cpu")
     mapped(made, slots)
     return made
 
@@ -53,8 +53,8 @@ def mapped(made: GroupedLora, slots: list[int]) -> None:
         [4, 0, 2, 0, 4, 4, 1],
         [-1, 2, -1, 2],
         [-1, 1, 0, 1, -1],
-        [1] * 40 + [0, 2, 3, 4],
-        [1] * 40 + [0, -1, 2, 3, 4],
+        [1] * 60 + [0, 2, 3, 4],
+        [1] * 60 + [0, -1, 2, 3, 4],
         [-1, -1],
     ],
 )
@@ -92,6 +92,18 @@ def test_a_version_put_into_a_place_is_seen_at_once_and_so_is_a_change_of_the_ba
     check(slots)
     mapped(made, [2, 1, 4])
     check([2, 1, 4])
+
+
+@pytest.mark.parametrize("later", [[2], [0, 2, 2], [4] * 60, [4] * 60 + [0], [-1, 2, 0]])
+def test_a_batch_of_fewer_adapters_than_the_last_is_no_different(later: list[int]) -> None:
+    a, b = stacks((6, 4))
+    made = wrapper([0, 2, 3, 4, 4])
+    for slots in ([0, 2, 3, 4, 4], later, [1, 4]):
+        mapped(made, slots)
+        x, y = torch.randn(len(slots), INPUT), torch.randn(len(slots), 10)
+        found = y.clone()
+        made.add_lora_linear(found, x, a, b, 1.0, (6, 4))
+        torch.testing.assert_close(found, wanted(y, x, slots, a, b), rtol=1e-5, atol=1e-5)
 
 
 def test_an_adapter_of_zeros_adds_nothing() -> None:
