@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from weft.actors.adapter_store import AdapterStore
+from weft.actors.episode import blamed_on
 from weft.actors.launch import check_batch
 from weft.actors.learner import Adapter, Learner
 from weft.actors.lora import SlabLayout, init_pairs, linear_shapes, resolve_targets
@@ -93,7 +94,8 @@ class Trainer:
         await asyncio.get_running_loop().run_in_executor(self._training, self._load_base)
 
     async def handle(self, message: Any) -> Any:
-        """The reply that the message's docstring names. Raises ValueError for an adapter that is unknown or cannot be."""
+        """The reply that the message's docstring names. Raises ValueError for an adapter that is unknown, AdapterFault for one
+        whose weights cannot be made."""
         if isinstance(message, messages.GetStatistics):
             return self._statistics()
         assert type(message) in self._calls, f"no message to a trainer: {type(message).__name__}"
@@ -128,18 +130,23 @@ class Trainer:
             if present.config != config:
                 raise ValueError(f"adapter {config.name!r} is here with other settings: drop it, or give it a new lineage")
             return messages.AdapterAdded(num_parameters=present.layout.numel)
-        lora = config.lora
-        modules = resolve_targets(self._shapes, lora.target_modules, lora.exclude_modules)
-        layout = SlabLayout.build(self._shapes, modules, lora.rank)
-        if lora.warm_start is not None:
-            master = read_peft_folder(Path(lora.warm_start), layout, lora.alpha)
-        else:
-            master = torch.empty(layout.numel)
-            init_pairs(layout, master, torch.Generator().manual_seed(_seed(config)))
+        with blamed_on(config.name, "making its weights"):
+            layout, master = self._first_weights(config)
         self._drop(messages.DropAdapter(config.name))
         self._store.add(config.name, master)
         self._adapters[config.name] = Adapter(config, AdapterRef(config.name, message.lineage, 0), layout)
         return messages.AdapterAdded(num_parameters=layout.numel)
+
+    def _first_weights(self, config: AdapterConfig) -> tuple[SlabLayout, Tensor]:
+        """Its layout, and the masters of version 0: fp32 [D]. Raises ValueError for targets or a warm start that cannot be."""
+        lora = config.lora
+        modules = resolve_targets(self._shapes, lora.target_modules, lora.exclude_modules)
+        layout = SlabLayout.build(self._shapes, modules, lora.rank)
+        if lora.warm_start is not None:
+            return layout, read_peft_folder(Path(lora.warm_start), layout, lora.alpha)
+        master = torch.empty(layout.numel)
+        init_pairs(layout, master, torch.Generator().manual_seed(_seed(config)))
+        return layout, master
 
     def _drop(self, message: messages.DropAdapter) -> messages.Done:
         if message.name in self._adapters:

@@ -114,8 +114,8 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How one adapter's rollouts are drawn. The sampler's log-probabilities are of the distribution after temperature, top-p and
-    top-k; the trainer's know the temperature alone, so with top-p or top-k a ratio is below 1 before any step is taken."""
+    """How one adapter's rollouts are drawn. The sampler's log-probabilities are of the distribution after temperature, top-p
+    and top-k; the trainer's know the temperature alone, so with top-p or top-k a ratio is below 1 before any step is taken."""
 
     temperature: float = 1.0
     top_p: float = 1.0

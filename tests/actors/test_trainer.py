@@ -391,5 +391,3 @@ def test_versions_published_beside_training_are_whole_whatever_the_tiers(make: M
         alone.step(batch("one", version), batch("two", version))
     for config in MIXED:
         assert torch.equal(bench.state(config.name), alone.state(config.name))
-
-
