@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 WIDEST = 0.75  # a bucket holds rows of at least this share of its longest: at most a quarter of it is padding
 
@@ -26,10 +27,23 @@ class Attention(Protocol):
 
 
 def plan_attention(lengths: Sequence[int], device: torch.device, dtype: torch.dtype) -> Attention:
-    """lengths: of the rows, in packed order. On CUDA the varlen kernel, which has no fp32; elsewhere buckets of padded rows."""
+    """lengths: of the rows, in packed order. On CUDA cuDNN's dense kernel for rows of one length, else the varlen kernel, both
+    without fp32; elsewhere buckets of padded rows."""
     if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
-        return VarlenAttention(lengths, device)
+        return DenseAttention(lengths) if len(set(lengths)) == 1 else VarlenAttention(lengths, device)
     return PaddedAttention(lengths, device)
+
+
+class DenseAttention:
+    """Rows of one length through cuDNN: at 2,048 tokens a row 1.7 times as fast as the varlen kernel, forward and backward (32
+    and 8 heads of 128, H200)."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self._shape = (len(lengths), lengths[0])
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return _attend(queries, keys, values, *self._shape)
 
 
 class VarlenAttention:

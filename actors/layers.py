@@ -1,7 +1,8 @@
 """The decoder's pieces between its linears, with backwards written out: on a small base these cost more than the products do,
 and autograd's own backward takes several more passes over the tokens.
 
-T tokens, D head size, n heads, I MLP width. Reductions are in fp32, as in transformers.
+T tokens, D head size, n heads, I MLP width. Reductions are in fp32, as in transformers. On CUDA `add_rms_norm`, `heads` and
+`swiglu` are one kernel each (kernels.layers), whose reference is what stands here.
 """
 
 from __future__ import annotations
@@ -22,8 +23,39 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
+def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x, delta [T, H], weight [H] -> x + delta, and its `rms_norm`. delta None: of x itself."""
+    if x.is_cuda:
+        from weft.kernels.layers import triton  # needs a GPU's driver
+
+        return triton.add_rms_norm(x, delta, weight, eps)
+    total = x if delta is None else x + delta
+    return total, rms_norm(total, weight, eps)
+
+
+def heads(
+    qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, cos: Tensor, sin: Tensor, num_q: int, num_kv: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv [T, (num_q + 2 num_kv) D], norms [D], cos and sin [T, 1, D / 2] -> q [T, num_q, D], k and v [T, num_kv, D]; q and k
+    normed by head, where there are norms, and turned."""
+    if qkv.is_cuda:
+        from weft.kernels.layers import triton  # needs a GPU's driver
+
+        return triton.heads(qkv, q_norm, k_norm, cos, sin, num_q, num_kv, eps)
+    qk, v = qkv.unflatten(1, (-1, 2 * cos.shape[-1])).split([num_q + num_kv, num_kv], dim=1)
+    if q_norm is not None and k_norm is not None:
+        weight = torch.cat([q_norm.expand(num_q, -1), k_norm.expand(num_kv, -1)])
+        qk = rms_norm(qk, weight, eps)
+    q, k = rotate(qk, cos, sin).split([num_q, num_kv], dim=1)
+    return q, k, v
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """gate_up [T, 2 I] -> silu(gate) * up [T, I] (Shazeer 2020)."""
+    if gate_up.is_cuda:
+        from weft.kernels.layers import triton  # needs a GPU's driver
+
+        return triton.swiglu(gate_up)
     out: Tensor = _Swiglu.apply(gate_up)
     return out
 
@@ -32,6 +64,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [T, n, D], cos and sin [T, 1, D / 2]: turns each pair (x[i], x[i + D / 2]) by its angle (Su et al. 2021)."""
     out: Tensor = _Rotate.apply(x, cos, sin)
     return out
+
+
+def rms_norm_rows(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The norm of x [T, H] on CUDA without autograd: made again for a backward that did not keep it."""
+    from weft.kernels.layers import triton  # needs a GPU's driver
+
+    return triton.rms_norm_rows(x, weight, eps)
+
+
+def swiglu_rows(gate_up: Tensor) -> Tensor:
+    """`swiglu` on CUDA without autograd, likewise."""
+    from weft.kernels.layers import triton  # needs a GPU's driver
+
+    return triton.swiglu_rows(gate_up)
 
 
 def rope_table(rope: Rope, head_dim: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:

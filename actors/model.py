@@ -7,38 +7,48 @@ Only adapters are trained: the base has no gradient, and its norms and products 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from weft.actors.architecture import Architecture
 from weft.actors.attention import Attention, plan_attention
 from weft.actors.hf_folder import MAX_SHARD_BYTES, check_folder, read_config, read_tensors, write_folder
-from weft.actors.layers import rms_norm, rope_table, rotate, swiglu
+from weft.actors.layers import add_rms_norm, heads, rms_norm_rows, rope_table, swiglu, swiglu_rows
 from weft.actors.lora import LoraBatch
-from weft.kernels.lora import fused_lora_linear
+from weft.actors.recompute import Recompute, choose_recompute
+from weft.actors.slab_batch import LinearGroup, SlabBatch
+from weft.kernels.lora import fused_lora_linear, slab_linear
+from weft.kernels.lora.tables import Tables
 
 __all__ = ["Decoder", "check_folder", "load_model", "read_config", "save_model"]
+
+LINEARS = 4  # products of a layer: q, k and v; o; gate and up; down
 
 
 class Linear(nn.Module):
     """One product for linears that share their input; `names` are those linears', of `widths` outputs each."""
 
-    def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, int]], bias: bool) -> None:
+    def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, int]], bias: bool, index: int) -> None:
+        """index: the place among all of the decoder, in model order."""
         super().__init__()
-        self.names = tuple(names)
+        self.names, self.index = tuple(names), index
         self.widths = tuple(out for out, _ in shapes)
         self.weight = _frozen(sum(self.widths), shapes[0][1])
         self.bias = _frozen(sum(self.widths)) if bias else None
 
-    def forward(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
-        """x [T, I] -> [T, sum(widths)]"""
+    def forward(self, x: Tensor, lora: LoraBatch | Tables | None, source: Callable[[], Tensor] | None = None) -> Tensor:
+        """x [T, I] -> [T, sum(widths)]. source: makes x again, where the backward needs it and it should not be kept."""
         if lora is None:
             return F.linear(x, self.weight, self.bias)
+        if isinstance(lora, Tables):
+            return slab_linear(x, self.weight, self.bias, lora, lora.groups[self.index], source)
         a, b = zip(*(lora.columns(name) for name in self.names), strict=True)
         return fused_lora_linear(x, self.weight, self.bias, self.widths, a, b, lora.scales, lora.offsets)
 
@@ -50,32 +60,51 @@ class Layer(nn.Module):
         super().__init__()
         prefix = f"model.layers.{index}"
 
-        def linear(*names: str) -> Linear:
+        def linear(place: int, *names: str) -> Linear:
             full = [f"{prefix}.{name}" for name in names]
-            return Linear(full, [linears[name][0] for name in full], linears[full[0]][1])
+            return Linear(full, [linears[name][0] for name in full], linears[full[0]][1], LINEARS * index + place)
 
         self.architecture = architecture
-        self.qkv = linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-        self.o = linear("self_attn.o_proj")
-        self.gate_up = linear("mlp.gate_proj", "mlp.up_proj")
-        self.down = linear("mlp.down_proj")
+        self.qkv = linear(0, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        self.o = linear(1, "self_attn.o_proj")
+        self.gate_up = linear(2, "mlp.gate_proj", "mlp.up_proj")
+        self.down = linear(3, "mlp.down_proj")
         self.attention_norm = _frozen(architecture.hidden_size)
         self.mlp_norm = _frozen(architecture.hidden_size)
         self.q_norm = _frozen(architecture.head_dim) if architecture.head_norm else None
         self.k_norm = _frozen(architecture.head_dim) if architecture.head_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, lora: LoraBatch | None) -> Tensor:
-        """x [T, H] -> [T, H]; cos and sin [T, 1, D / 2]"""
+    def groups(self) -> list[LinearGroup]:
+        """Its linears, in the order of their `index`."""
+        linears = (self.qkv, self.o, self.gate_up, self.down)
+        return [LinearGroup(linear.names, linear.weight.shape[1], linear.widths) for linear in linears]
+
+    def forward(
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        attention: Attention,
+        lora: LoraBatch | Tables | None,
+        again: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """x + delta [T, H] -> the same of the next layer: its norm adds them. cos and sin [T, 1, D / 2]. again: what is cheap
+        to make again for the backward is not kept."""
         arch = self.architecture
-        qkv = self.qkv(rms_norm(x, self.attention_norm, arch.rms_norm_eps), lora)
-        qk, v = qkv.unflatten(1, (-1, arch.head_dim)).split([arch.num_heads + arch.num_kv_heads, arch.num_kv_heads], dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            weight = torch.cat([self.q_norm.expand(arch.num_heads, -1), self.k_norm.expand(arch.num_kv_heads, -1)])
-            qk = rms_norm(qk, weight, arch.rms_norm_eps)
-        q, k = rotate(qk, cos, sin).split([arch.num_heads, arch.num_kv_heads], dim=1)
-        x = x + self.o(attention(q, k, v).flatten(1), lora)
-        hidden = swiglu(self.gate_up(rms_norm(x, self.mlp_norm, arch.rms_norm_eps), lora))
-        return x + self.down(hidden, lora)
+
+        def normed(weight: Tensor) -> tuple[Tensor, Tensor, Callable[[], Tensor] | None]:
+            total, scaled = add_rms_norm(x, delta, weight, arch.rms_norm_eps)
+            return total, scaled, partial(rms_norm_rows, total.detach(), weight, arch.rms_norm_eps) if again else None
+
+        x, scaled, source = normed(self.attention_norm)
+        qkv = self.qkv(scaled, lora, source)
+        sizes = (arch.num_heads, arch.num_kv_heads, arch.rms_norm_eps)
+        q, k, v = heads(qkv, self.q_norm, self.k_norm, cos, sin, *sizes)
+        delta = self.o(attention(q, k, v).flatten(1), lora)
+        x, scaled, source = normed(self.mlp_norm)
+        gate_up = self.gate_up(scaled, lora, source)
+        return x, self.down(swiglu(gate_up), lora, partial(swiglu_rows, gate_up.detach()) if again else None)
 
 
 class Decoder(nn.Module):
@@ -91,6 +120,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(self.architecture, linears, i) for i in range(self.architecture.num_layers))
         self.norm = _frozen(self.architecture.hidden_size)
         self.untied_head = None if self.architecture.tied else _frozen(*vocabulary)
+        self._groups = [group for layer in self.layers for group in layer.groups()]
         self._rope: tuple[Tensor, Tensor] | None = None  # cos, sin, grown as longer rows come
 
     @property
@@ -98,10 +128,10 @@ class Decoder(nn.Module):
         """[V, H]"""
         return self.embedding if self.untied_head is None else self.untied_head
 
-    def forward(self, tokens: Tensor, offsets: Sequence[int] | Tensor, lora: LoraBatch | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, offsets: Sequence[int] | Tensor, lora: LoraBatch | SlabBatch | None = None) -> Tensor:
         """tokens int [T], offsets n + 1 row bounds (on the host) from 0 to T -> hidden [T, H] after the last norm.
 
-        Positions start again, and attention is causal, within each row. lora None: the base alone.
+        Positions start again, and attention is causal, within each row. lora None: the base alone. A SlabBatch is for CUDA.
         """
         bounds = [int(bound) for bound in offsets]
         lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
@@ -109,9 +139,18 @@ class Decoder(nn.Module):
         x = F.embedding(tokens.long(), self.embedding)
         cos, sin = self._angles(lengths, x)
         attention = plan_attention(lengths, x.device, x.dtype)
+        tables = lora.tables(self._groups, len(tokens), x.device) if isinstance(lora, SlabBatch) else lora
+        recompute = Recompute.NONE
+        if isinstance(lora, SlabBatch) and torch.is_grad_enabled():
+            recompute = choose_recompute(self.architecture, len(tokens), x.dtype, x.device)
+        delta: Tensor | None = None
         for layer in self.layers:
-            x = layer(x, cos, sin, attention, lora)
-        return rms_norm(x, self.norm, self.architecture.rms_norm_eps)
+            rest = (cos, sin, attention, tables, recompute is not Recompute.NONE)
+            if recompute is Recompute.LAYERS:
+                x, delta = checkpoint(layer, x, delta, *rest, use_reentrant=False)
+            else:
+                x, delta = layer(x, delta, *rest)
+        return add_rms_norm(x, delta, self.norm, self.architecture.rms_norm_eps)[1]
 
     def _angles(self, lengths: Sequence[int], x: Tensor) -> tuple[Tensor, Tensor]:
         """-> cos, sin [T, 1, D / 2] of every token's position in its row, in x's type."""
@@ -119,7 +158,9 @@ class Decoder(nn.Module):
         if self._rope is None or self._rope[0].shape[0] < longest or self._rope[0].device != x.device:
             size = 1 << (longest - 1).bit_length()
             self._rope = rope_table(self.architecture.rope, self.architecture.head_dim, size, x.device)
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(x.device)
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        if x.is_cuda:  # from pinned memory the copy waits for nothing
+            positions = positions.pin_memory().to(x.device, non_blocking=True)
         cos, sin = (table.to(x.dtype)[positions].unsqueeze(1) for table in self._rope)
         return cos, sin
 

@@ -1,17 +1,16 @@
-"""Linears that carry many adapters at once. Which implementation runs is decided by the device of the tokens.
+"""Linears that carry many adapters at once: by pairs of tensors in plain torch anywhere, by addresses of slabs on CUDA.
 
 T tokens, N adapters, R_n rank of adapter n, I in, O out, P parts of a fused linear (q, k and v; gate and up).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from weft.kernels.lora import reference
-
-_FUSED_LORA_LINEAR = {"cpu": reference.fused_lora_linear}  # device type -> implementation; elsewhere the reference runs too
+from weft.kernels.lora.tables import Group, Tables
 
 
 def lora_linear(
@@ -45,5 +44,16 @@ def fused_lora_linear(
 
     a[p][n] [R_n, I] and b[p][n] [widths[p], R_n] are adapter n's pair for part p. -> [T, sum(widths)]
     """
-    run = _FUSED_LORA_LINEAR.get(x.device.type, reference.fused_lora_linear)
-    return run(x, weight, bias, widths, a, b, scales, offsets)
+    return reference.fused_lora_linear(x, weight, bias, widths, a, b, scales, offsets)
+
+
+def slab_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tables: Tables, group: Group, source: Callable[[], Tensor] | None = None
+) -> Tensor:
+    """The same on CUDA for adapters given by address (`tables`): the backward adds to their gradient slabs itself.
+
+    x [T, I] -> [T, sum(group.widths)]. source: makes x again for the backward, so that x need not be kept.
+    """
+    from weft.kernels.lora import triton  # needs a GPU's driver, or its interpreter
+
+    return triton.slab_linear(x, weight, bias, tables, group, source)

@@ -74,6 +74,7 @@ class _SlabLinear(torch.autograd.Function):
             grad_x.addmm_(grad_out, weight)
         if group.trains:
             outer(grad_low, ctx.source() if x is None else x, tables, group, "grad_a")
+            ctx.source = None  # what it holds may go
             outer(low, grad_out, tables, group, "grad_b")
         return grad_x, None, None, None, None, None, None
 

@@ -1,0 +1,45 @@
+"""What a forward keeps for its backward, decided by what the device has room for.
+
+T tokens. The least that fits is chosen, for recomputing everything costs a third of a step.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+
+from weft.actors.architecture import Architecture
+
+LOGITS_BYTES = 3 << 30  # what the head and its log-probabilities take for a while, and fragments
+
+
+class Recompute(Enum):
+    """NONE: all is kept. CHEAP: norms and SwiGLU's output are made again. LAYERS: a layer keeps its input alone."""
+
+    NONE = "none"
+    CHEAP = "cheap"
+    LAYERS = "layers"
+
+
+def kept_bytes(architecture: Architecture, tokens: int, item_bytes: int, recompute: Recompute) -> int:
+    """What all layers keep, beside what one layer's backward takes for a while."""
+    hidden, width = architecture.hidden_size, architecture.intermediate_size
+    attention = architecture.q_size + 2 * architecture.kv_size
+    passing = 2 * attention + 2 * hidden + 5 * width  # of one layer: gradients of qkv, of gate, up and SwiGLU
+    layer = 2 * hidden + 2 * attention + architecture.q_size + 2 * width
+    if recompute is Recompute.NONE:
+        layer += 2 * hidden + width
+    if recompute is Recompute.LAYERS:
+        passing += layer
+        layer = 2 * hidden
+    return tokens * item_bytes * (architecture.num_layers * layer + passing)
+
+
+def choose_recompute(architecture: Architecture, tokens: int, dtype: torch.dtype, device: torch.device) -> Recompute:
+    """The least that fits the device's free memory. Where nothing fits, LAYERS: the caller splits the launch."""
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    for choice in (Recompute.NONE, Recompute.CHEAP):
+        if kept_bytes(architecture, tokens, dtype.itemsize, choice) + LOGITS_BYTES <= free:
+            return choice
+    return Recompute.LAYERS

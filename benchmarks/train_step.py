@@ -1,0 +1,203 @@
+"""The multi-adapter training step: from batches on the device to the weights of all N adapters updated.
+
+    python benchmarks/train_step.py            on one GPU, Qwen3-4B shape  -> benchmarks/results/train_step-<GPU>.json
+    python benchmarks/train_step.py --smoke    a tiny shape, on this CPU: the gate and every row once
+
+Before any number: a small model's gradients, joint and solo, against plain torch in fp32, and planted errors must be seen
+(step_check.py). Contenders (step_contenders.py) take turns within one process; each is warmed up every time it comes on.
+tokens_per_second counts real tokens; percent_of_ceiling is of the card's measured matrix rate at the arithmetic that the step
+cannot avoid (`flop_per_token`); ratio_to_peft is of tokens_per_second, to PEFT's own row of the same case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import RESULTS, commit, hardware, spread, versions, write_result
+from step_check import check
+from step_contenders import QWEN3_4B, SMALL, Base, Case, Peft, Weft, make_adapters, random_decoder
+from step_profile import profile
+
+MATRIX_RATE = 796e12  # bf16 FLOP/s of one H200 on random data: shared by every percent_of_ceiling
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+CASES = {
+    case.name: case
+    for case in (
+        Case("N=1 S=2048", 1, 32768, 2048),
+        Case("N=8 S=2048", 8, 4096, 2048),
+        Case("N=64 S=2048", 64, 2048, 2048, launch_tokens=16384),
+        Case("N=1 S=512", 1, 32768, 512),
+        Case("N=8 S=512", 8, 4096, 512),
+        Case("N=64 S=512", 64, 512, 512, launch_tokens=16384),
+        Case("N=64 S=256", 64, 256, 256, launch_tokens=16384),
+        Case("N=8 mixed rows", 8, 4096, 0, lengths=(1700, 900, 620, 410, 260, 140, 66)),
+        Case("64 of 64, r=4 attention", 64, 512, 512, rank=4, targets=ATTENTION),
+        Case("64 of 1536, r=4 attention", 64, 512, 512, rank=4, targets=ATTENTION, registered=1536),
+    )
+}
+SMOKE = {"smoke": Case("smoke", 3, 128, 64, launch_tokens=256, rank=4)}
+
+
+def flop_per_token(case: Case, config: dict[str, Any]) -> float:
+    """4 P (forward, input gradient) + 4 V h (head) + 6 p (LoRA: forward, both gradients) + 6 q S layers (causal attention)."""
+    decoder_linears = (config["num_attention_heads"] * 2 + config["num_key_value_heads"] * 2) * config["head_dim"]
+    hidden, width, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    base = layers * (decoder_linears * hidden + 3 * hidden * width)
+    lora = make_layout_numel(case, config)
+    row = sum(n * n for n in case.rows()) / case.tokens_each
+    query = config["num_attention_heads"] * config["head_dim"]
+    return 4 * base + 4 * config["vocab_size"] * hidden + 6 * lora + 6 * query * row * layers
+
+
+def make_layout_numel(case: Case, config: dict[str, Any]) -> int:
+    from weft.actors.lora import SlabLayout, linear_shapes, resolve_targets
+
+    shapes = linear_shapes(config)
+    return SlabLayout.build(shapes, resolve_targets(shapes, case.targets), case.rank).numel
+
+
+class Turns:
+    """Times contenders of one case in turns: A B A B, each warmed up every time it comes on."""
+
+    def __init__(self, case: Case, config: dict[str, Any], device: torch.device, runs: int, rounds: int) -> None:
+        self.case, self.config, self.device, self.runs, self.rounds = case, config, device, runs, rounds
+        self.times: dict[str, list[float]] = {}
+        self.memory: dict[str, float] = {}
+        self.faults: dict[str, str] = {}
+
+    def run(self, contenders: dict[str, Any]) -> list[dict[str, Any]]:
+        """contenders: name -> what makes it. -> one row each; one that fails is a row too."""
+        for _ in range(self.rounds):
+            for name, make in contenders.items():
+                if name in self.faults:
+                    continue
+                try:
+                    self._turn(name, make)
+                except (RuntimeError, ImportError, ValueError) as error:
+                    self.faults[name] = f"{type(error).__name__}: {str(error)[:300]}"
+                _free(self.device)
+        return [self._row(name) for name in contenders]
+
+    def _turn(self, name: str, make: Any) -> None:
+        contender = make()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        slow = name == "peft" and self.case.adapters > 8  # a loop over many adapters takes seconds, and is its own repetition
+        for index in range(-1 if slow else -2, 1 if slow else self.runs):
+            _wait(self.device)
+            began = time.perf_counter()
+            contender.step()
+            _wait(self.device)
+            if index >= 0:
+                self.times.setdefault(name, []).append(time.perf_counter() - began)
+        if self.device.type == "cuda":
+            self.memory[name] = max(self.memory.get(name, 0.0), torch.cuda.max_memory_allocated() / 2**30)
+
+    def _row(self, name: str) -> dict[str, Any]:
+        case = self.case
+        row: dict[str, Any] = {"case": case.name, "contender": name, "adapters": case.adapters, "tokens": case.tokens}
+        row |= {"row_tokens": case.row or list(case.lengths), "rank": case.rank, "registered": case.registered or case.adapters}
+        row["launch_tokens"] = case.launch_tokens
+        if name in self.faults:
+            return row | {"fault": self.faults[name]}
+        took = spread(self.times[name])
+        rate = case.tokens / float(took["median"] or 1)
+        row |= {f"{key}_ms": round(float(took[key] or 0) * 1e3, 2) for key in ("median", "p10", "p90")}
+        row |= {"runs": took["count"], "tokens_per_second": round(rate), "peak_memory_gib": round(self.memory.get(name, 0), 1)}
+        if self.config is QWEN3_4B:
+            row["percent_of_ceiling"] = round(100 * rate * flop_per_token(case, self.config) / MATRIX_RATE, 1)
+        return row
+
+
+def measure(case: Case, config: dict[str, Any], device: torch.device, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of one case."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    decoder = random_decoder(config, device, dtype)
+    adapters = make_adapters(case, config, device, dtype)
+    contenders: dict[str, Any] = {"weft": lambda: Weft(decoder, adapters, case)}
+    if not case.registered and case.row:
+        contenders["base without LoRA"] = lambda: Base(decoder, case)
+    if case.adapters > 1 and options.solo:
+        contenders["weft, one adapter at a time"] = lambda: Weft(decoder, adapters, case, solo=True)
+    if options.peft and case.row and case.targets == ("all-linear",):
+        made: list[Peft] = []
+        contenders["peft"] = lambda: made[0] if made else made.append(Peft(case, device, config)) or made[0]
+    rows = Turns(case, config, device, options.runs, options.rounds).run(contenders)
+    if options.profile and "fault" not in rows[0]:
+        rows[0]["profile_ms"] = profile(Weft(decoder, adapters, case).step)
+    if "peft" in contenders:
+        _compare(rows)
+    return rows
+
+
+def _compare(rows: list[dict[str, Any]]) -> None:
+    (peft,) = [row for row in rows if row["contender"] == "peft"]
+    for row in rows:
+        if "fault" not in row and "fault" not in peft:
+            row["ratio_to_peft"] = round(row["tokens_per_second"] / peft["tokens_per_second"], 2)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="a tiny shape on this CPU")
+    parser.add_argument("--cases", default="", help="names, or parts of names, divided by commas")
+    parser.add_argument("--runs", type=int, default=4, help="timed runs of each turn")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
+    parser.add_argument("--no-peft", dest="peft", action="store_false")
+    parser.add_argument("--no-solo", dest="solo", action="store_false")
+    parser.add_argument("--profile", action="store_true", help="time by kind of kernel, of weft's step")
+    parser.add_argument("--output", type=Path, help="where the result goes")
+    options = parser.parse_args()
+    device = torch.device("cpu" if options.smoke else "cuda")
+    if options.smoke:
+        torch.set_num_threads(1)
+    checked = check(device)
+    print("gate:", checked, flush=True)
+    parts = [part for part in options.cases.split(",") if part]
+    cases = SMOKE if options.smoke else {n: c for n, c in CASES.items() if not parts or any(part in n for part in parts)}
+    rows: list[dict[str, Any]] = []
+    for case in cases.values():
+        rows += measure(case, SMALL if options.smoke else QWEN3_4B, device, options)
+        for row in rows:
+            if row["case"] == case.name:
+                print({key: value for key, value in row.items() if key not in ("case", "profile_ms")}, flush=True)
+                print("   ", row.get("profile_ms", ""), flush=True)
+    if options.smoke and options.output is None:
+        return
+    here = hardware() | ({"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if device.type == "cuda" else {})
+    result = {
+        "benchmark": "train_step",
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.argv]),
+        "hardware": here,
+        "versions": versions(["torch", "triton", "transformers", "peft"]),
+        "settings": {"matrix_rate": MATRIX_RATE, "runs": options.runs, "rounds": options.rounds, "weights": "N(0, 0.02), bf16"},
+        "gate": checked,
+        "rows": rows,
+    }
+    name = torch.cuda.get_device_name().split()[-1].lower() if device.type == "cuda" else "cpu"
+    write_result(options.output or RESULTS / f"train_step-{name}.json", result)
+
+
+if __name__ == "__main__":
+    main()
