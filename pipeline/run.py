@@ -11,6 +11,7 @@
                     every sampler to install the version           the parameter sync
     _sample         a place of the gate                            _train, after the install
     _rollout        places on the samplers, in fair shares         any _rollout that ends
+                    the other suspects, after several deaths       the suspect that runs, when it ends
                     the samplers to be whole again after a death   the pool, which restarts them
 
 A fault of one adapter (its reward raises, its loss is not finite) and the death of a trainer interrupt `_train` only where it
@@ -44,6 +45,7 @@ from weft.transport.errors import AdapterFault, CheckpointError, InstallError, P
 from weft.transport.messages import Group, TrainBatch
 
 MAX_DEATHS = 5  # of samplers under one group, or of a trainer under one adapter between two steps: more are no accident
+SUSPECT_DEATHS = 2  # under one group: chance gives it one, seldom two
 Groups = asyncio.Queue[asyncio.Task[Group | None]]
 
 
@@ -64,6 +66,7 @@ class Pipeline:
         self._tasks = asyncio.TaskGroup()
         self._journal = Journal(observers, clock)
         self._recovery = Recovery(settings, pools.trainers, self._journal)
+        self._suspects = asyncio.Lock()
         self._share = FairShare(lambda: pools.samplers.capacity, clock)
         self._steps = StepScheduler(pools.trainers, trainer.token_budget, self._tasks, clock, self._journal.launch_ended)
 
@@ -177,10 +180,15 @@ class Pipeline:
                 groups.put_nowait(rollouts.create_task(self._rollout(adapter, prompts.next())))
 
     async def _rollout(self, adapter: Adapter, prompt_index: int, held_out: bool = False) -> Group | None:
-        """One group under the version installed when its turn comes, again if its sampler dies. None: `fault` says why."""
+        """One group under the version installed when its turn comes, again if its sampler dies. None: `fault` says why.
+
+        A prompt that kills its sampler kills what runs beside it. Groups that have seen several deaths go one at a time, so
+        that the guilty one alone comes to MAX_DEATHS.
+        """
         samplers, size, ticket = self._pools.samplers, 1 if held_out else adapter.config.group_size, self._share.ticket()
-        for _ in range(MAX_DEATHS):
-            async with self._share.places(adapter.name, size, ticket):
+        for deaths in range(MAX_DEATHS):
+            alone = self._suspects if deaths >= SUSPECT_DEATHS else contextlib.nullcontext()
+            async with alone, self._share.places(adapter.name, size, ticket):
                 began = self._journal.now()
                 assert adapter.installed is not None
                 try:

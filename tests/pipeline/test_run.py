@@ -259,6 +259,31 @@ def test_a_prompt_that_always_kills_its_sampler_ends_its_adapter(simulation, mem
     assert "5 samplers died of prompt" in outcome.statistics.adapters["a"].traceback
 
 
+def test_a_prompt_that_always_kills_its_sampler_ends_no_other_adapter(simulation, memory_folder, monkeypatch):
+    rollout = simulation.SimulatedSamplers.rollout
+    killers = []
+
+    async def deadly(self, ref, prompt_index, group_size, held_out=False):
+        if (ref.name, prompt_index) == ("a0", 5):
+            killers[0].set()
+        return await rollout(self, ref, prompt_index, group_size, held_out)
+
+    async def beside(simulated):
+        killers.append(asyncio.Event())
+        while True:
+            await killers[0].wait()
+            killers[0].clear()
+            await simulated.samplers.process.die()
+
+    monkeypatch.setattr(simulation.SimulatedSamplers, "rollout", deadly)
+    configs = [simulation.adapter_config(f"a{i}", num_steps=20, max_staleness=3) for i in range(4)]
+    world = simulation.World(random.Random(0), capacity=100)
+    adapters = simulation.simulate(world, memory_folder, configs, beside).statistics.adapters
+    assert adapters["a0"].phase is Phase.FAILED
+    assert "samplers died of prompt 5" in adapters["a0"].traceback
+    assert {adapters[f"a{i}"].phase for i in (1, 2, 3)} == {Phase.FINISHED}
+
+
 def test_a_trainers_death_rolls_back_its_adapters_under_a_new_lineage(simulation, memory_folder):
     async def beside(simulated):
         await asyncio.sleep(9.5)
