@@ -31,21 +31,21 @@ class StandIn:
         self.pid = next(PIDS)
         self.endpoint = ""
         self.server = Server(actor.handle)
-        self._dead = asyncio.Event()
+        self.dead = asyncio.Event()
 
     async def wait_death(self) -> str:
-        await self._dead.wait()
+        await self.dead.wait()
         return f"pid {self.pid} was killed"
 
     async def stop(self) -> None:
         await self.server.aclose()
-        self._dead.set()
+        self.dead.set()
 
     async def kill(self) -> None:
         """The connection breaks at once; that the process is dead is known a little later."""
         await self.server.aclose()
         await asyncio.sleep(0.01)
-        self._dead.set()
+        self.dead.set()
 
 
 class Sampler:
@@ -157,12 +157,15 @@ class World:
         self.uninstallable: set[str] = set()
         self.distributing = asyncio.Event()
         self.starts_fail = False
+        self.may_start = asyncio.Event()
+        self.may_start.set()
         self.tasks: asyncio.TaskGroup
 
     def member(self, name: str, kind: Callable[[World], Any]) -> Member:
         async def spawn() -> StandIn:
             if self.starts_fail:
                 raise StartError(f"{name} did not start")
+            await self.may_start.wait()
             process = StandIn(kind(self))
             process.endpoint = await process.server.start("memory://")
             self.tasks.create_task(process.server.serve())
@@ -455,3 +458,67 @@ def test_a_sampler_that_has_lost_its_engine_counts_as_dead_at_once() -> None:
             assert (await pools.samplers.rollout(ref, 0, 1)).ref == ref
 
     asyncio.run(law())
+
+
+def test_a_broken_connection_counts_as_a_death_before_the_death_is_known() -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            ref = await pools.add("a")
+            for index in range(2):
+                await world.now(f"sampler-{index}").server.aclose()
+            for _ in range(2):
+                with pytest.raises(PeerDiedError):
+                    await pools.samplers.rollout(ref, 0, 1)
+            await pools.samplers.wait_ready()
+            assert (await pools.samplers.rollout(ref, 0, 1)).ref == ref
+
+    asyncio.run(law())
+
+
+def test_a_death_ends_the_requests_of_a_connection_that_looks_whole() -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            ref = await pools.add("a")
+            for index in range(2):
+                world.now(f"sampler-{index}").actor.hold.clear()
+            async with asyncio.TaskGroup() as tasks:
+                rollouts = [tasks.create_task(died(pools.samplers.rollout(ref, 0, 1))) for _ in range(2)]
+                await world.until(lambda: all(world.now(f"sampler-{index}").actor.rollouts for index in range(2)))
+                for index in range(2):
+                    world.now(f"sampler-{index}").dead.set()
+            assert all(task.result() for task in rollouts)
+
+    asyncio.run(law())
+
+
+def test_a_sampler_that_comes_while_a_version_is_on_its_way_does_not_miss_it() -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            ref = await pools.add("a")
+            newer = await pools.step(ref)
+            world.may_start.clear()
+            await world.kill("sampler-0")
+            await world.until(lambda: 0 not in world.now("relay").actor.endpoints)
+            world.now("relay").actor.hold.clear()
+            world.distributing.clear()
+            async with asyncio.TaskGroup() as tasks:
+                publishing = tasks.create_task(pools.sync.publish(newer, ref))
+                await world.distributing.wait()
+                world.may_start.set()
+                await world.until(lambda: len(world.processes["sampler-0"]) == 2)
+                for _ in range(100):
+                    await asyncio.sleep(0)
+                world.now("relay").actor.hold.set()
+                await publishing
+            await pools.samplers.wait_ready()
+            assert world.now("sampler-0").actor.installed == {"a": newer}
+
+    asyncio.run(law())
+
+
+async def died(call: Awaitable[Any]) -> bool:
+    try:
+        await call
+    except PeerDiedError:
+        return True
+    return False
