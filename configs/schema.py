@@ -126,10 +126,13 @@ class SamplingConfig:
     seed: int = 0  # with the prompt's index and the sample's, seeds each rollout
 
     def __post_init__(self) -> None:
-        _check(self.temperature > 0, "temperature", self.temperature, "above 0")
+        # vLLM refuses what is hotter, and samples what is colder at 0.01 without saying so to the trainer
+        _check(0.01 <= self.temperature <= 2, "temperature", self.temperature, "from 0.01 to 2")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _check(self.top_k == -1 or self.top_k > 0, "top_k", self.top_k, "-1 (off) or above 0")
         _check(self.max_tokens > 0, "max_tokens", self.max_tokens, "above 0")
+        _check(all(self.stop), "stop", self.stop, "texts that are not empty")
+        _check(all(token >= 0 for token in self.stop_token_ids), "stop_token_ids", self.stop_token_ids, "token ids from 0")
 
 
 @dataclass(frozen=True)
