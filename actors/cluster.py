@@ -183,7 +183,7 @@ class Cluster:
             async with asyncio.timeout(self._config.start_deadline_s):
                 endpoint, pid = await asyncio.wrap_future(handle.start.remote().future())
         except RayError as error:
-            raise StartError(f"{name} did not start: {_cause(error)}") from None
+            raise StartError(f"{name} did not start: {_cause(error)}\nwhat it wrote is in {self.log_folder}") from None
         except TimeoutError:
             ray.kill(handle)
             limit = f"cluster.start_deadline_s={self._config.start_deadline_s:g}"
