@@ -11,6 +11,7 @@ equals a fresh rendering of the conversation.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import math
 import traceback
@@ -45,11 +46,13 @@ Generate = Callable[[Sequence[int], AdapterRef, int, int], Awaitable[Turn]]
 
 @dataclass(frozen=True)
 class Bounds:
-    """max_turns: turns of the model; max_tokens: new tokens a turn; max_length: tokens of the whole sequence."""
+    """max_turns: turns of the model; max_tokens: new tokens a turn; max_length: tokens of the whole sequence; reply_s: seconds
+    that the environment has for one reply. One that never came would hold its adapter's places on the samplers for ever."""
 
     max_turns: int
     max_tokens: int
     max_length: int
+    reply_s: float = 600.0
 
 
 class Chat:
@@ -133,7 +136,7 @@ async def run_episode(
         truncated = truncated or turn.cut
         turns.append({"role": "assistant", "content": turn.text})
         with blamed_on(name, "its environment's respond"):
-            reply = _checked(await environment.respond(prompt, tuple(turns)))
+            reply = await _reply(environment, prompt, tuple(turns), bounds.reply_s)
             delta = [] if reply.done else chat.reply(prompt, reply.messages, tape.tokens[-1])
         metrics.update(reply.metrics)
         if reply.done or index + 1 == bounds.max_turns:
@@ -154,7 +157,12 @@ async def run_episode(
     )
 
 
-def _checked(reply: Reply) -> Reply:
+async def _reply(environment: Environment, prompt: Prompt, turns: Sequence[ChatMessage], deadline_s: float) -> Reply:
+    try:
+        async with asyncio.timeout(deadline_s):
+            reply = await environment.respond(prompt, turns)
+    except TimeoutError as error:  # ours says nothing, the environment's own may
+        raise TimeoutError(str(error) or f"no reply within {deadline_s:g} s") from error
     if not isinstance(reply, Reply):
         raise TypeError(f"respond returned {type(reply).__name__}: must be a Reply")
     if not math.isfinite(reply.reward):

@@ -216,6 +216,16 @@ def test_an_environments_fault_is_its_adapters_alone(tokenizer: Any, fault: Any)
     assert "Traceback" in caught.value.traceback
 
 
+def test_an_environment_that_never_replies_is_its_adapters_fault(tokenizer: Any) -> None:
+    class Silent(Scripted):
+        async def respond(self, prompt: Prompt, turns: Sequence[Any]) -> Reply:
+            await asyncio.Event().wait()
+            return Reply()
+
+    with pytest.raises(AdapterFault, match=r"respond raised TimeoutError: no reply within 0.01 s"):
+        play(tokenizer, Silent(), Speaker(tokenizer, "a"), Bounds(8, 64, 2000, reply_s=0.01))
+
+
 def test_each_turn_has_a_seed_of_its_own(tokenizer: Any) -> None:
     speaker = Speaker(tokenizer, "a", "b")
     play(tokenizer, Scripted(Reply([tool("4")]), Reply(done=True)), speaker)
