@@ -78,11 +78,12 @@ class Leases:
         return True
 
     def acquire(self, ref: AdapterRef) -> Lease:
-        """Lease `ref`, or the newest version of its lineage if `ref` is offered no more. Raises InstallError if none is."""
+        """Lease `ref`, or the newest later version of its lineage if `ref` is offered no more. Raises InstallError if none is: an
+        older one would be staler than whoever asks has counted on."""
         version = self._versions.get(ref)
         if version is None or version.retired:
             version = self._newest(ref)
-        if version is None:
+        if version is None or version.ref.version < ref.version:
             held = ", ".join(str(v.ref) for v in self._versions.values() if not v.retired) or "nothing"
             raise InstallError(f"{ref}: neither it nor a later version of its lineage is installed here; installed: {held}")
         version.leases += 1

@@ -52,6 +52,16 @@ def test_a_retired_version_gives_way_to_the_newest_of_its_lineage_alone() -> Non
         leases.acquire(ref(0, lineage=2))
 
 
+def test_no_lease_is_older_than_what_was_asked_for() -> None:
+    leases = Leases(8)
+    install(leases, ref(1), ref(2))
+    with pytest.raises(InstallError, match="a/0/3: neither it nor a later version of its lineage is installed here"):
+        leases.acquire(ref(3))
+    leases.retire(ref(2))
+    with pytest.raises(InstallError, match="a/0/2"):
+        leases.acquire(ref(2))
+
+
 def test_a_reserved_version_is_nobodys_before_it_is_published() -> None:
     leases = Leases(2)
     version = leases.reserve(ref(0))
