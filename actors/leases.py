@@ -78,8 +78,8 @@ class Leases:
         return True
 
     def acquire(self, ref: AdapterRef) -> Lease:
-        """Lease `ref`, or the newest later version of its lineage if `ref` is offered no more. Raises InstallError if none is: an
-        older one would be staler than whoever asks has counted on."""
+        """Lease `ref`, or the newest later version of its lineage if `ref` is offered no more. Raises InstallError if none is:
+        an older one would be staler than whoever asks has counted on."""
         version = self._versions.get(ref)
         if version is None or version.retired:
             version = self._newest(ref)
