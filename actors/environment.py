@@ -34,7 +34,8 @@ class Reply:
 
 @runtime_checkable
 class Environment(Protocol):
-    """One task. Prompts are a function of their index, so a run can be resumed; an exception ends this adapter, no other.
+    """One task. Prompts are a function of their index, so a run can be resumed; an exception, or a reply that takes longer
+    than ten minutes, ends this adapter and no other.
 
     An episode that runs out of turns or tokens without `done` gets the reward of its last reply.
     """

@@ -1,20 +1,5 @@
 """Everything that is measured, on its way out: files, TensorBoard, gauges. An observer of `events`.
 
-How main.py uses the face of weft (all of it works on plain folders; none of it needs torch, Ray or a terminal):
-
-    with Metrics(folder, record=cluster.record_metric, statistics=lambda: pipeline.statistics()) as metrics, \\
-         make_table(run.table, lambda: pipeline.statistics(), title="tiny", dashboard="http://127.0.0.1:8265") as table:
-        pipeline = Pipeline(..., observers=(metrics, table))
-        async with asyncio.TaskGroup() as tasks:
-            drawing = tasks.create_task(table.run())      # redraws until cancelled; with plain lines it only waits
-            await pipeline...
-            drawing.cancel()
-    history = History.read(folder)                        # history.py: resumed sessions too
-    summary = summarize(pipeline.statistics(), history, wall_seconds)     # summary.py
-    write_summary(folder / "summary.json", summary)       # atomic
-    write_report(folder, history, summary, settings)      # report.py: report.html and plots/*.png; settings: plain mapping
-    print_closing(summary, console)                       # summary.py: the short closing table
-
 `record(name, value, tags)` is a gauge of the outside (Ray gives it to Prometheus): name is a Prometheus name such as
 `weft_reward_mean`, tags are {"adapter": ...} or {"pool": ...}, always the same keys for one name.
 
