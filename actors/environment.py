@@ -1,7 +1,7 @@
 """The user's hook: one task, as prompts in, turns with tool calls, reward out.
 
 A class that fits `Environment` is named in the configuration by its dotted path (`environment.target=mypackage.tasks.Riddles`),
-built once per adapter in every sampler from `environment.settings`, and asked for prompts and replies. See environments/ for three.
+built once per adapter in every sampler from `environment.settings`, and asked for prompts and replies; environments/ has three.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-ChatMessage = Mapping[str, Any]  # {"role": "user" | "assistant" | "tool" | "system", "content": str, ...}, as chat templates take it
+# As chat templates take it: {"role": "user" | "assistant" | "tool" | "system", "content": str, ...}
+ChatMessage = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
