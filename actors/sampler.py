@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,7 +110,7 @@ class Sampler:
                     await self._remove_retired()
                     return Done()
                 case AddAdapter():
-                    return self._add(message)
+                    return await self._add(message)
                 case DropAdapter():
                     return await self._drop(message.name)
                 case GetStatistics():
@@ -122,12 +123,13 @@ class Sampler:
 
     # ---- adapters ----
 
-    def _add(self, message: AddAdapter) -> AdapterAdded:
+    async def _add(self, message: AddAdapter) -> AdapterAdded:
         config = build(AdapterConfig, message.config)
         held = self._adapters.get(config.name)
         if held is None or held.settings != message.config:
             with blamed_on(config.name, f"making its environment {config.environment.target}"):
-                environment = load_environment(config.environment.target, config.environment.settings)
+                # On a thread: importing a library of tasks takes seconds, in which the others' rollouts go on.
+                environment = await asyncio.to_thread(load_environment, config.environment.target, config.environment.settings)
             held = self._adapters[config.name] = _Adapter(config, environment, message.config)
         with blamed_on(config.name, "its environment's num_prompts"):
             return AdapterAdded(num_prompts=held.environment.num_prompts)
@@ -254,7 +256,11 @@ class Sampler:
 
         async def generate(tokens: Sequence[int], ref: AdapterRef, max_tokens: int, seed: int) -> Turn:
             assert lease.version.ref == ref, "a turn samples under the version it leases"
-            return await self._engine.generate(tokens, lease.version, config.sampling, max_tokens, seed)
+            try:
+                return await self._engine.generate(tokens, lease.version, config.sampling, max_tokens, seed)
+            except ValueError as error:
+                trace = traceback.format_exc()
+                raise AdapterFault(f"{config.name}: vLLM refuses its request: {error}", type(error).__name__, trace) from error
 
         return await run_episode(
             config.name,

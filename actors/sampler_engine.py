@@ -26,7 +26,7 @@ LORA_MODULES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 BLOCK_SIZE_CPU = 32  # tokens of a cache block: vLLM's own 128 shares no prefix of a short prompt
 STEP_TOKENS_CPU = 2048  # prompt tokens of one step: what waits for it is every other rollout's next token
 _GIB = 1 << 30
-_END_S = 2.0  # the engine's process gets this long to end by itself
+_END_S = 0.5  # the engine holds nothing worth an orderly end, which takes it seconds
 
 
 class EngineLostError(WeftError):
@@ -124,6 +124,8 @@ class Engine:
         return math.fsum(position[token].logprob for token, position in scores)
 
     async def _request(self, tokens: Sequence[int], params: Any, version: Version) -> Any:
+        """vLLM's output of one request. Raises ValueError for one that vLLM refuses."""
+        from vllm.exceptions import VLLMValidationError
         from vllm.lora.request import LoRARequest
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -133,6 +135,8 @@ class Engine:
             outputs = [out async for out in self._llm.generate(prompt, params, str(next(self._requests)), lora_request=lora)]
         except EngineDeadError as error:
             raise EngineLostError("vLLM's engine process died while it sampled") from error
+        except VLLMValidationError as error:
+            raise ValueError(str(error)) from error
         return outputs[-1]
 
 
@@ -171,6 +175,7 @@ def engine_arguments(
         "logprobs_mode": "processed_logprobs",
         "worker_extension_cls": EXTENSION,
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
     }
     if device == "cpu":
         cache = {"kv_cache_memory_bytes": int(config.kv_cache_gib * _GIB), "block_size": BLOCK_SIZE_CPU}

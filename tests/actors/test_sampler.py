@@ -534,6 +534,18 @@ def test_an_environment_that_raises_is_its_adapters_fault_alone(bench: Bench) ->
     assert isinstance(fault, AdapterFault) and fault.kind == "RuntimeError" and "in respond" in fault.traceback
 
 
+def test_a_request_that_vllm_refuses_is_its_adapters_fault(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def law() -> None:
+        ref = await bench.adapter()
+        monkeypatch.setattr(bench.sampler._chat, "prompt", lambda prompt: [1, 2, 99999])  # a tokenizer of another model
+        with pytest.raises(AdapterFault, match="vLLM refuses its request: .*99999.*vocabulary"):
+            await bench.rollout(ref)
+        monkeypatch.undo()
+        bench.check(await bench.rollout(ref))
+
+    bench.run(law())
+
+
 def test_a_prompt_too_long_for_the_model_names_both_numbers(bench: Bench) -> None:
     async def law() -> None:
         ref = await bench.adapter(words="x" * 300)
