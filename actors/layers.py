@@ -73,13 +73,6 @@ def rms_norm_rows(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return triton.rms_norm_rows(x, weight, eps)
 
 
-def swiglu_rows(gate_up: Tensor) -> Tensor:
-    """`swiglu` on CUDA without autograd, likewise."""
-    from weft.kernels.layers import triton  # needs a GPU's driver
-
-    return triton.swiglu_rows(gate_up)
-
-
 def rope_table(rope: Rope, head_dim: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """-> cos and sin [length, D / 2] in fp32, of every angle position * inverse frequency.
 

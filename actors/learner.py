@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,13 +24,16 @@ from torch import Tensor
 from weft.actors.adapter_store import AdapterStore, Slabs
 from weft.actors.canary import canary_tokens
 from weft.actors.launch import Launch, Piece, plan
-from weft.actors.lora import LoraBatch, LoraPair, SlabLayout
+from weft.actors.lora import LoraBatch, SlabLayout
 from weft.actors.loss import Denominators, LossResult, LossTokens, adapter_loss
 from weft.actors.model import Decoder
+from weft.actors.slab_batch import SlabBatch
 from weft.configs.schema import AdapterConfig, OptimizerConfig
 from weft.kernels.logprob import token_logprobs
-from weft.kernels.optim import adamw_step
+from weft.kernels.optim import SlabStep, adamw_steps
 from weft.transport.messages import UNSAMPLED, AdapterRef, Scores, TrainBatch
+
+Trained = Sequence[Any]  # of each adapter what LoraBatch.build takes, or on CUDA SlabBatch.build
 
 
 @dataclass
@@ -103,42 +107,48 @@ class Learner:
                 for slabs in held:
                     if slabs.gradient is None:
                         slabs.gradient = torch.zeros_like(slabs.master)
-                leaves = [adapter.layout.leaves(s.weights, s.gradient) for adapter, s in zip(adapters, held, strict=True)]
+                trained = self._trained(adapters, held, gradients=True)
                 for pieces in plan(batches, self._token_budget):
-                    self._launch(pieces, adapters, batches, leaves, tallies)
+                    self._launch(pieces, adapters, batches, trained, tallies)
             except BaseException:  # half a gradient is none: what failed may be tried again
                 for slabs in held:
                     slabs.gradient = None
                 raise
         return [tally.metrics() for tally in tallies]
 
-    def optim_step(self, adapter: Adapter) -> dict[str, float]:
-        """Clip, step, drop the gradient. Where loss or gradient is not finite, `Adapter.fault` says so and nothing else has
-        changed; otherwise the adapter has its next version."""
-        settings = adapter.config.optimizer
-        step = adapter.ref.version + 1
-        lr = learning_rate(settings, adapter.ref.version, adapter.config.num_steps)
-        with self._store.hold([adapter.name]) as (slabs,):
-            gradient, slabs.gradient = slabs.gradient, None
-            if adapter.fault or gradient is None:
-                adapter.fault = adapter.fault or f"adapter {adapter.name!r} holds no gradient to step with"
-                return {"learning_rate": lr}
-            rule = (step, lr, settings.betas, settings.eps, settings.weight_decay, settings.max_grad_norm)
-            norm = adamw_step(slabs.master, slabs.exp_avg, slabs.exp_avg_sq, gradient, slabs.weights, *rule)
-        if not math.isfinite(norm):
-            adapter.fault = f"gradient of {adapter.ref} is not finite: its norm is {norm}"
-            return {"learning_rate": lr}
-        adapter.ref = replace(adapter.ref, version=step)
-        return {"learning_rate": lr, "grad_norm": norm}
+    def optim_steps(self, adapters: Sequence[Adapter]) -> list[dict[str, float]]:
+        """Clip, step, drop the gradients, all in one launch. Where loss or gradient is not finite, `Adapter.fault` says so and
+        nothing else of that adapter has changed; otherwise it has its next version. At most the store's device tier."""
+        metrics, ready, steps = [], [], []
+        with self._store.hold([adapter.name for adapter in adapters]) as held:
+            for adapter, slabs in zip(adapters, held, strict=True):
+                settings, step = adapter.config.optimizer, adapter.ref.version + 1
+                lr = learning_rate(settings, adapter.ref.version, adapter.config.num_steps)
+                metrics.append({"learning_rate": lr})
+                gradient, slabs.gradient = slabs.gradient, None
+                if adapter.fault or gradient is None:
+                    adapter.fault = adapter.fault or f"adapter {adapter.name!r} holds no gradient to step with"
+                    continue
+                rule = (step, lr, settings.betas, settings.eps, settings.weight_decay, settings.max_grad_norm)
+                steps.append(SlabStep(slabs.master, slabs.exp_avg, slabs.exp_avg_sq, gradient, slabs.weights, *rule))
+                ready.append((adapter, metrics[-1]))
+            norms = adamw_steps(steps).tolist() if steps else []
+        for (adapter, own), norm in zip(ready, norms, strict=True):
+            if math.isfinite(norm):
+                adapter.ref = replace(adapter.ref, version=adapter.ref.version + 1)
+                own["grad_norm"] = norm
+            else:
+                adapter.fault = f"gradient of {adapter.ref} is not finite: its norm is {norm}"
+        return metrics
 
     def score(self, adapter: Adapter, batch: TrainBatch) -> Scores:
         """Log-probabilities of the masked tokens under the adapter and under the base."""
         scores = Scores(np.zeros(len(batch.tokens), np.float32), np.zeros(len(batch.tokens), np.float32))
         with torch.no_grad(), self._store.hold([adapter.name]) as (slabs,):
-            leaves = adapter.layout.leaves(slabs.weights, None)
+            trained = self._trained([adapter], [slabs], gradients=False)
             for pieces in plan([batch], self._token_budget):
                 (piece,) = pieces  # of one batch
-                scores.logprobs[piece.sources] = self._logprobs(pieces, [adapter], [leaves])[0][0].cpu().numpy()
+                scores.logprobs[piece.sources] = self._logprobs(pieces, [adapter], trained)[0][0].cpu().numpy()
                 scores.base_logprobs[piece.sources] = self._logprobs(pieces, [adapter], None)[0][0].cpu().numpy()
         return scores
 
@@ -159,11 +169,11 @@ class Learner:
         pieces: Sequence[Piece],
         adapters: Sequence[Adapter],
         batches: Sequence[TrainBatch],
-        leaves: Sequence[Mapping[str, LoraPair]],
+        trained: Trained,
         tallies: Sequence[Tally],
     ) -> None:
         base = self._base_logprobs(pieces, adapters)
-        logprobs, entropies = self._logprobs(pieces, adapters, leaves)
+        logprobs, entropies = self._logprobs(pieces, adapters, trained)
         losses = []
         for piece, own, entropy in zip(pieces, logprobs, entropies, strict=True):
             adapter, batch = adapters[piece.adapter], batches[piece.adapter]
@@ -184,19 +194,27 @@ class Learner:
             torch.autograd.backward(torch.stack(whole).sum())
 
     def _logprobs(
-        self, pieces: Sequence[Piece], adapters: Sequence[Adapter], leaves: Sequence[Mapping[str, LoraPair]] | None
+        self, pieces: Sequence[Piece], adapters: Sequence[Adapter], trained: Trained | None
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """-> log-probabilities [P] and entropies [P] of each piece. leaves None: under the base alone."""
+        """-> log-probabilities [P] and entropies [P] of each piece. trained None: under the base alone."""
         launch = Launch.join(pieces, self._device)
-        lora = None
-        if leaves is not None:
+        lora: LoraBatch | SlabBatch | None = None
+        if trained is not None:
             scales = [adapters[piece.adapter].config.lora.scale for piece in pieces]
-            lora = LoraBatch.build(launch.token_offsets, scales, [leaves[piece.adapter] for piece in pieces])
+            chosen = [trained[piece.adapter] for piece in pieces]
+            build = SlabBatch.build if self._device.type == "cuda" else LoraBatch.build
+            lora = build(launch.token_offsets, scales, chosen)
         hidden = self._decoder(launch.tokens, launch.row_offsets, lora).index_select(0, launch.positions)
         temperatures = torch.tensor([adapters[piece.adapter].config.sampling.temperature for piece in pieces])
         temperature = temperatures.repeat_interleave(torch.tensor(launch.loss_tokens)).to(self._device)
         logprobs, entropy = token_logprobs(hidden, self._decoder.head, launch.targets, temperature)
         return torch.split(logprobs, launch.loss_tokens), torch.split(entropy, launch.loss_tokens)
+
+    def _trained(self, adapters: Sequence[Adapter], held: Sequence[Slabs], gradients: bool) -> Trained:
+        """What the decoder needs of each adapter: its slabs on CUDA, elsewhere leaves over them."""
+        pairs = [(adapter.layout, slabs.weights, slabs.gradient if gradients else None)
+                 for adapter, slabs in zip(adapters, held, strict=True)]  # fmt: skip
+        return pairs if self._device.type == "cuda" else [layout.leaves(*slabs) for layout, *slabs in pairs]
 
     @torch.no_grad()
     def _base_logprobs(self, pieces: Sequence[Piece], adapters: Sequence[Adapter]) -> dict[int, Tensor]:

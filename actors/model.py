@@ -20,11 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from weft.actors.architecture import Architecture
 from weft.actors.attention import Attention, plan_attention
 from weft.actors.hf_folder import MAX_SHARD_BYTES, check_folder, read_config, read_tensors, write_folder
-from weft.actors.layers import add_rms_norm, heads, rms_norm_rows, rope_table, swiglu, swiglu_rows
+from weft.actors.layers import add_rms_norm, heads, rms_norm_rows, rope_table, swiglu
 from weft.actors.lora import LoraBatch
 from weft.actors.recompute import Recompute, choose_recompute
 from weft.actors.slab_batch import LinearGroup, SlabBatch
-from weft.kernels.lora import fused_lora_linear, slab_linear
+from weft.kernels.lora import fused_lora_linear, slab_linear, slab_swiglu_linear
 from weft.kernels.lora.tables import Tables
 
 __all__ = ["Decoder", "check_folder", "load_model", "read_config", "save_model"]
@@ -51,6 +51,13 @@ class Linear(nn.Module):
             return slab_linear(x, self.weight, self.bias, lora, lora.groups[self.index], source)
         a, b = zip(*(lora.columns(name) for name in self.names), strict=True)
         return fused_lora_linear(x, self.weight, self.bias, self.widths, a, b, lora.scales, lora.offsets)
+
+
+    def after_swiglu(self, gate_up: Tensor, lora: LoraBatch | Tables | None) -> Tensor:
+        """gate_up [T, 2 I] -> [T, sum(widths)] of silu(gate) * up"""
+        if isinstance(lora, Tables):
+            return slab_swiglu_linear(gate_up, self.weight, self.bias, lora, lora.groups[self.index])
+        return self(swiglu(gate_up), lora)
 
 
 class Layer(nn.Module):
@@ -103,8 +110,7 @@ class Layer(nn.Module):
         q, k, v = heads(qkv, self.q_norm, self.k_norm, cos, sin, *sizes)
         delta = self.o(attention(q, k, v).flatten(1), lora)
         x, scaled, source = normed(self.mlp_norm)
-        gate_up = self.gate_up(scaled, lora, source)
-        return x, self.down(swiglu(gate_up), lora, partial(swiglu_rows, gate_up.detach()) if again else None)
+        return x, self.down.after_swiglu(self.gate_up(scaled, lora, source), lora)
 
 
 class Decoder(nn.Module):

@@ -15,7 +15,8 @@ LOGITS_BYTES = 3 << 30  # what the head and its log-probabilities take for a whi
 
 
 class Recompute(Enum):
-    """NONE: all is kept. CHEAP: norms and SwiGLU's output are made again. LAYERS: a layer keeps its input alone."""
+    """NONE: all is kept but SwiGLU's output, which its backward writes in passing. CHEAP: norms are made again too. LAYERS: a
+    layer keeps its input alone."""
 
     NONE = "none"
     CHEAP = "cheap"
@@ -29,7 +30,7 @@ def kept_bytes(architecture: Architecture, tokens: int, item_bytes: int, recompu
     passing = 2 * attention + 2 * hidden + 5 * width  # of one layer: gradients of qkv, of gate, up and SwiGLU
     layer = 2 * hidden + 2 * attention + architecture.q_size + 2 * width
     if recompute is Recompute.NONE:
-        layer += 2 * hidden + width
+        layer += 2 * hidden
     if recompute is Recompute.LAYERS:
         passing += layer
         layer = 2 * hidden

@@ -41,6 +41,18 @@ class SlabBatch:
     gradients: tuple[Tensor | None, ...]
     fresh: tuple[bool, ...]
 
+    @classmethod
+    def build(
+        cls,
+        offsets: Sequence[int],
+        scales: Sequence[float],
+        adapters: Sequence[tuple[SlabLayout, Tensor, Tensor | None]],
+        fresh: bool = False,
+    ) -> SlabBatch:
+        """adapters: of each its layout, weights and gradient."""
+        layouts, weights, gradients = zip(*adapters, strict=True)
+        return cls(tuple(offsets), tuple(scales), layouts, weights, gradients, (fresh,) * len(layouts))
+
     def tables(self, groups: Sequence[LinearGroup], tokens: int, device: torch.device) -> Tables:
         """The addresses of every group's matrices, on the device. The host waits for nothing."""
         names = [name for group in groups for name in group.names]

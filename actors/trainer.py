@@ -209,31 +209,30 @@ class Trainer:
     def _launch(self, batches: Sequence[TrainBatch], step: bool) -> Iterator[StepResult]:
         adapters = [self._adapters[batch.ref.name] for batch in batches]
         all_metrics = self._learner.forward_backward(adapters, batches)
-        for adapter, batch, metrics in zip(adapters, batches, all_metrics, strict=True):
+        held = [StepResult(adapter.ref, 0, {}, adapter.fault) for adapter in adapters]
+        for batch, metrics, result in zip(batches, all_metrics, self._step(adapters) if step else held, strict=True):
             tokens = len(batch.tokens)
             self._tokens_trained += tokens
-            if step:
-                stepped = self._step(adapter)
-                yield replace(stepped, tokens=tokens, metrics={**metrics, **stepped.metrics})
-            else:
-                yield StepResult(adapter.ref, tokens, metrics, adapter.fault)
+            yield replace(result, tokens=tokens, metrics={**metrics, **result.metrics})
 
     def _optim_step(self, message: messages.OptimStep) -> messages.StepResults:
         began = time.perf_counter()
         results = []
         for name in message.names:
             with self._own(name) as adapter:
-                results.append(self._step(adapter))
+                results += self._step([adapter])
         seconds = time.perf_counter() - began
         self._busy_seconds += seconds
         return messages.StepResults(tuple(results), seconds)
 
-    def _step(self, adapter: Adapter) -> StepResult:
-        """One optimizer step. A fault belongs to the gradient, which is gone now: the next one starts afresh."""
-        metrics = self._learner.optim_step(adapter)
-        fault, adapter.fault = adapter.fault, ""
-        self._steps += not fault
-        return StepResult(adapter.ref, 0, metrics, fault)
+    def _step(self, adapters: Sequence[Adapter]) -> list[StepResult]:
+        """One optimizer step of each. A fault belongs to the gradient, which is gone now: the next one starts afresh."""
+        results = []
+        for adapter, metrics in zip(adapters, self._learner.optim_steps(adapters), strict=True):
+            fault, adapter.fault = adapter.fault, ""
+            self._steps += not fault
+            results.append(StepResult(adapter.ref, 0, metrics, fault))
+        return results
 
     def _refusal(self, batch: TrainBatch) -> str:
         """Why this batch must not train its adapter: empty if it may."""

@@ -22,24 +22,26 @@ KINDS = {  # the first whose word is in a kernel's name
     "copies": ("memcpy", "memset"),
 }
 
+SHOWN = 16  # kernels
+
 
 def profile(step: Callable[[], None]) -> dict[str, float]:
-    """Milliseconds of one step by kind, and of the five kernels that no kind has and that take longest."""
+    """Milliseconds of one step by kind, then of the kernels that take longest, each with how often it ran."""
     step()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as seen:
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
         step()
         torch.cuda.synchronize()
     spent: dict[str, float] = defaultdict(float)
-    other: dict[str, float] = defaultdict(float)
+    kernels: dict[str, list[float]] = defaultdict(list)
     for event in seen.events():
         if event.device_type != torch.autograd.DeviceType.CUDA:
             continue
         name = event.name.lower()
         kind = next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "other")
         spent[kind] += event.device_time / 1e3
-        if kind == "other":
-            other[f"other: {event.name[:60]}"] += event.device_time / 1e3
-    largest = dict(sorted(other.items(), key=lambda item: -item[1])[:5])
-    whole = {"all": sum(spent.values()), **dict(sorted(spent.items(), key=lambda item: -item[1])), **largest}
+        kernels[event.name].append(event.device_time / 1e3)
+    largest = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:SHOWN]
+    whole = {"all": sum(spent.values()), **dict(sorted(spent.items(), key=lambda item: -item[1]))}
+    whole |= {f"{len(times)} x {name[:80]}": sum(times) for name, times in largest}
     return {name: round(value, 2) for name, value in whole.items()}

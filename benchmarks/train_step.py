@@ -131,8 +131,10 @@ def measure(case: Case, config: dict[str, Any], device: torch.device, options: a
         made: list[Peft] = []
         contenders["peft"] = lambda: made[0] if made else made.append(Peft(case, device, config)) or made[0]
     rows = Turns(case, config, device, options.runs, options.rounds).run(contenders)
-    if options.profile and "fault" not in rows[0]:
-        rows[0]["profile_ms"] = profile(Weft(decoder, adapters, case).step)
+    for row in rows if options.profile else []:
+        if "fault" not in row and row["contender"] in ("weft", Base.name):
+            row["profile_ms"] = profile(contenders[row["contender"]]().step)
+            _free(device)
     if "peft" in contenders:
         _compare(rows)
     return rows

@@ -41,6 +41,14 @@ def swiglu_rows(gate_up: Tensor) -> Tensor:
     return out
 
 
+def swiglu_gradient(gate_up: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor]:
+    """-> gradient of gate_up [T, 2 I], and once more the output [T, I]."""
+    tokens, width = grad_out.shape
+    grad, out = torch.empty_like(gate_up), torch.empty_like(grad_out)
+    _swiglu_backward[(tokens, triton.cdiv(width, 1024))](gate_up, grad_out, grad, out, width, BLOCK=1024, num_warps=4)
+    return grad, out
+
+
 def heads(
     qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, cos: Tensor, sin: Tensor, num_q: int, num_kv: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,11 +105,7 @@ class _Swiglu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
-        tokens, width = grad_out.shape
-        grad = torch.empty_like(gate_up)
-        grid = (tokens, triton.cdiv(width, 1024))
-        _swiglu_backward[grid](gate_up, grad_out.contiguous(), grad, width, BLOCK=1024, num_warps=4)
-        return grad
+        return swiglu_gradient(gate_up, grad_out.contiguous())[0]
 
 
 class _Heads(torch.autograd.Function):
@@ -187,7 +191,7 @@ def _swiglu_forward(gate_up, out, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_backward(gate_up, grad_out, grad, width, BLOCK: tl.constexpr):
+def _swiglu_backward(gate_up, grad_out, grad, again, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = c < width
@@ -198,6 +202,8 @@ def _swiglu_backward(gate_up, grad_out, grad, width, BLOCK: tl.constexpr):
     grad_gate = out * up * sigmoid * (1 + gate * (1 - sigmoid))
     tl.store(grad + row * 2 * width + c, grad_gate.to(grad.dtype.element_ty), mask=mask)
     tl.store(grad + row * 2 * width + width + c, (out * gate * sigmoid).to(grad.dtype.element_ty), mask=mask)
+    active = (gate * sigmoid).to(grad.dtype.element_ty).to(tl.float32)
+    tl.store(again + row * width + c, (active * up).to(grad.dtype.element_ty), mask=mask)
 
 
 @triton.jit

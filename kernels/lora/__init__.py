@@ -57,3 +57,10 @@ def slab_linear(
     from weft.kernels.lora import triton  # needs a GPU's driver, or its interpreter
 
     return triton.slab_linear(x, weight, bias, tables, group, source)
+
+
+def slab_swiglu_linear(gate_up: Tensor, weight: Tensor, bias: Tensor | None, tables: Tables, group: Group) -> Tensor:
+    """`slab_linear` of silu(gate) * up, gate_up [T, 2 I], which is not kept for the backward."""
+    from weft.kernels.lora import triton  # needs a GPU's driver, or its interpreter
+
+    return triton.slab_swiglu_linear(gate_up, weight, bias, tables, group)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-TILE = 64  # tokens of one program in shrink and expand
+TILE = 128  # tokens of one program in shrink and expand
 CHUNK = 2048  # tokens that one program of outer sums; an adapter with more has its sums added up by a second kernel
 RANK_BLOCKS = (16, 32, 64, 128)  # ranks are padded to one of these, within registers alone
 

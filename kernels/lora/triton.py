@@ -26,7 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from weft.kernels.lora.tables import Group, Tables
+from weft.kernels.layers.triton import swiglu, swiglu_gradient, swiglu_rows
+from weft.kernels.lora.tables import TILE, Group, Tables
 
 WIDEST_SHARED = 256  # rows of all parts that one shrink program holds; beyond it each part reads x for itself
 
@@ -40,6 +41,14 @@ def slab_linear(
     if not group.touched:
         return F.linear(x, weight, bias)
     out: Tensor = _SlabLinear.apply(x, tables.anchor, weight, bias, tables, group, source)
+    return out
+
+
+def slab_swiglu_linear(gate_up: Tensor, weight: Tensor, bias: Tensor | None, tables: Tables, group: Group) -> Tensor:
+    """`slab_linear` of silu(gate) * up, gate_up [T, 2 I]."""
+    if not group.touched:
+        return F.linear(swiglu(gate_up), weight, bias)
+    out: Tensor = _SlabSwigluLinear.apply(gate_up, tables.anchor, weight, bias, tables, group)
     return out
 
 
@@ -79,6 +88,36 @@ class _SlabLinear(torch.autograd.Function):
         return grad_x, None, None, None, None, None, None
 
 
+class _SlabSwigluLinear(torch.autograd.Function):
+    """SwiGLU and the linear after it: its output is not kept, for SwiGLU's own backward has all it takes to write it again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gate_up: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, tables: Tables, group: Group
+    ) -> Tensor:
+        x = swiglu_rows(gate_up)
+        low = shrink(x, tables, group, "a")
+        out = expand(low, tables, group, "b", bias)
+        out.addmm_(x, weight.t())
+        ctx.save_for_backward(gate_up, low, weight)
+        ctx.tables, ctx.group = tables, group
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        gate_up, low, weight = ctx.saved_tensors
+        tables, group = ctx.tables, ctx.group
+        grad_out = grad_out.contiguous()
+        grad_low = shrink(grad_out, tables, group, "b")
+        grad_x = expand(grad_low, tables, group, "a", None)
+        grad_x.addmm_(grad_out, weight)
+        grad_gate_up, x = swiglu_gradient(gate_up, grad_x)
+        if group.trains:
+            outer(grad_low, x, tables, group, "grad_a")
+            outer(low, grad_out, tables, group, "grad_b")
+        return grad_gate_up, None, None, None, None, None
+
+
 def shrink(x: Tensor, tables: Tables, group: Group, kind: str) -> Tensor:
     """kind "a": s x A^T of every part; "b": s dY_p B_p of each part. -> [T, P * widest rank], part p of an adapter of rank R in
     columns p R to (p + 1) R; the rest, and rows without adapter, are left unwritten."""
@@ -87,14 +126,14 @@ def shrink(x: Tensor, tables: Tables, group: Group, kind: str) -> Tensor:
     for own in tables.classes:
         together = parts if shared and parts * own.block <= WIDEST_SHARED else 1
         block_r = triton.next_power_of_2(together * own.block)
-        depth = 64 if block_r > 64 else 128
+        depth = 64
         even = all(width % depth == 0 for width in ((group.in_features,) if shared else group.widths))
         _shrink[(len(own.tiles), parts // together)](
             x, low, tables.wide, own.tiles, tables.ranks, tables.scales, group.first[kind], group.first["columns"],
             tables.adapters, x.stride(0), low.stride(0), group.in_features,
             PARTS=together, TRANSPOSED=not shared, ALIGN=group.align, STEP=group.align // x.element_size(),
             EVEN=even, PRECISION=_precision(x),
-            BLOCK_T=64, BLOCK_R=block_r, BLOCK_K=depth, num_warps=4, num_stages=3,
+            BLOCK_T=TILE, BLOCK_R=block_r, BLOCK_K=depth, num_warps=8 if block_r > 64 else 4, num_stages=4,
         )  # fmt: skip
     return low
 
@@ -107,7 +146,7 @@ def expand(low: Tensor, tables: Tables, group: Group, kind: str, bias: Tensor | 
     out = torch.empty(low.shape[0], width, dtype=low.dtype, device=low.device)
     for start, stop in tables.bare:
         out[start:stop] = 0 if bias is None else bias
-    block_o = 128
+    block_o = 256
     for own in tables.classes:
         wide = max(group.widths) if forward else width
         even = all(size % block_o == 0 for size in (group.widths if forward else (width,)))
@@ -117,7 +156,7 @@ def expand(low: Tensor, tables: Tables, group: Group, kind: str, bias: Tensor | 
             group.first["columns"], tables.adapters, low.stride(0), width,
             PARTS=1 if forward else parts, TRANSPOSED=forward, BIAS=bias is not None, ALIGN=group.align,
             STEP=group.align // low.element_size(), EVEN=even,
-            PRECISION=_precision(low), BLOCK_T=64, BLOCK_R=own.block, BLOCK_O=block_o, num_warps=4,
+            PRECISION=_precision(low), BLOCK_T=TILE, BLOCK_R=own.block, BLOCK_O=block_o, num_warps=8,
         )  # fmt: skip
     return out
 
@@ -151,16 +190,21 @@ def _precision(x: Tensor) -> str:
 
 
 @triton.jit
-def _row_places(wide, first, adapters, n, part, rank, ELEMENT: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr):
+def _row_places(
+    wide, first, adapters, n, part, rank, ELEMENT: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr
+):  # fmt: skip
     """-> for rows j of parts part ... part + PARTS: the part's matrix, the row in it, and whether there is one."""
     j = tl.arange(0, BLOCK_R)
-    if PARTS == 1:  # one address for all rows, so that the compiler sees them lie side by side
-        address = tl.load(wide + first + part * adapters + n)
-        return address.to(tl.pointer_type(ELEMENT)), j, (j < rank) & (address != 0)
     within = j < PARTS * rank
-    own = tl.where(within, j // rank, 0)
-    address = tl.load(wide + first + (part + own) * adapters + n, mask=within, other=0)
-    return address.to(tl.pointer_type(ELEMENT)), j - own * rank, within & (address != 0)
+    if PARTS == 1:  # one address for all rows, so that the compiler sees them lie side by side
+        row = j
+        address = tl.load(wide + first + part * adapters + n)
+    else:
+        own = tl.where(within, j // rank, 0)
+        row = j - own * rank
+        address = tl.load(wide + first + (part + own) * adapters + n, mask=within, other=0)
+    matrix = tl.multiple_of(address.to(tl.pointer_type(ELEMENT)), ALIGN)  # here: on a call's result it would be lost
+    return matrix, row, within & (address != 0)
 
 
 @triton.jit(do_not_specialize=["first", "at_columns", "adapters"])
@@ -173,15 +217,14 @@ def _shrink(
     """low[t, j] = s sum_k x[t, column + k] M[j, k]; M is A [R, I], or B [O, R] transposed."""
     tile, part = tl.program_id(0), tl.program_id(1) * PARTS
     n, start, stop = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
-    rank = tl.load(ranks + n)
-    matrix, row, there = _row_places(wide, first, adapters, n, part, rank, x.dtype.element_ty, PARTS, BLOCK_R)
-    matrix = tl.multiple_of(matrix, ALIGN)
+    rank = tl.multiple_of(tl.load(ranks + n), STEP)
+    matrix, row, there = _row_places(wide, first, adapters, n, part, rank, x.dtype.element_ty, PARTS, ALIGN, BLOCK_R)
     column, size = 0, in_features
     if TRANSPOSED:
         column = tl.load(wide + at_columns + part).to(tl.int32)
         size = tl.load(wide + at_columns + part + 1).to(tl.int32) - column
         column = tl.multiple_of(column, STEP)
-        stride_k = tl.multiple_of(rank, STEP)
+        stride_k = rank
         m_rows = matrix + row
     else:
         stride_k = 1
@@ -218,7 +261,7 @@ def _expand(
     """out[t, column + o] = sum over parts p, rows j of low[t, p R + j] M_p[j, o]; M is A [R, I], or B [O, R] transposed."""
     tile, part = tl.program_id(2), tl.program_id(1)
     n, start, stop = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
-    rank = tl.load(ranks + n)
+    rank = tl.multiple_of(tl.load(ranks + n), STEP)
     column, size = 0, stride_out
     if TRANSPOSED:
         column = tl.load(wide + at_columns + part).to(tl.int32)
@@ -235,10 +278,8 @@ def _expand(
             there = (j < rank) & (address != 0)
             low_at = low + t.to(tl.int64)[:, None] * stride_low + ((part + p) * rank + j)[None, :]
             rows = tl.load(low_at, mask=(t < stop)[:, None] & there[None, :], other=0.0)
-            if TRANSPOSED:
-                m_at = matrix + o[None, :] * tl.multiple_of(rank, STEP) + j[:, None]
-            else:
-                m_at = matrix + j[:, None] * stride_out + o[None, :]
+            stride_j, stride_o = (1, rank) if TRANSPOSED else (stride_out, 1)
+            m_at = matrix + j[:, None] * stride_j + o[None, :] * stride_o
             mask = there[:, None] if EVEN else there[:, None] & (o < size)[None, :]
             total = tl.dot(rows, tl.load(m_at, mask=mask, other=0.0), total, input_precision=PRECISION)
         if BIAS:
@@ -254,21 +295,20 @@ def _add_to_slab(
     PARTS: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     rank = tl.load(ranks + n)
-    matrix, row, there = _row_places(wide, first, adapters, n, part, rank, tl.float32, PARTS, BLOCK_R)
-    matrix = tl.multiple_of(matrix, ALIGN)
+    matrix, row, there = _row_places(wide, first, adapters, n, part, rank, tl.float32, PARTS, ALIGN, BLOCK_R)
     stride_row, stride_c = (1, rank) if TRANSPOSED else (in_features, 1)
-    at = (matrix + row * stride_row)[:, None] + c[None, :] * stride_c
-    mask = there[:, None] & (c < size)[None, :]
+    at = (matrix + row * stride_row)[None, :] + c[:, None] * stride_c
+    mask = there[None, :] & (c < size)[:, None]
     keeps = mask & (tl.load(accumulate + n) != 0)
     tl.store(at, total + tl.load(at, mask=keeps, other=0.0), mask=mask)
 
 
 @triton.jit
-def _columns(wide, at_columns, part, in_features, TRANSPOSED: tl.constexpr):
+def _columns(wide, at_columns, part, in_features, TRANSPOSED: tl.constexpr, STEP: tl.constexpr):
     """-> first column and width of a part in y."""
     column, size = 0, in_features
     if TRANSPOSED:
-        column = tl.load(wide + at_columns + part).to(tl.int32)
+        column = tl.multiple_of(tl.load(wide + at_columns + part).to(tl.int32), STEP)
         size = tl.load(wide + at_columns + part + 1).to(tl.int32) - column
     return column, size
 
@@ -285,22 +325,22 @@ def _outer(
     chunk, part = tl.program_id(2), tl.program_id(1) * PARTS
     n, start = tl.load(chunks + 4 * chunk), tl.load(chunks + 4 * chunk + 1)
     stop, slot = tl.load(chunks + 4 * chunk + 2), tl.load(chunks + 4 * chunk + 3)
-    rank = tl.load(ranks + n)
-    column, size = _columns(wide, at_columns, part, in_features, TRANSPOSED)
-    column = tl.multiple_of(column, STEP)
+    rank = tl.multiple_of(tl.load(ranks + n), STEP)
+    column, size = _columns(wide, at_columns, part, in_features, TRANSPOSED, STEP)
     if tl.program_id(0) * BLOCK_C < size:
         t = start + tl.arange(0, BLOCK_T)
         j = tl.arange(0, BLOCK_R)
         c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
         within = j < PARTS * rank
-        low_at = low + t.to(tl.int64)[None, :] * stride_low + (part * rank + j)[:, None]
+        low_at = low + t.to(tl.int64)[:, None] * stride_low + (part * rank + j)[None, :]
         y_at = y + t.to(tl.int64)[:, None] * stride_y + column + c[None, :]
-        total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        total = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
         for at in range(start, stop, BLOCK_T):
             left = tl.arange(0, BLOCK_T) < stop - at
-            rows = tl.load(low_at, mask=within[:, None] & left[None, :], other=0.0)
+            rows = tl.load(low_at, mask=left[:, None] & within[None, :], other=0.0)
             mask = left[:, None] if EVEN else left[:, None] & (c < size)[None, :]
-            total = tl.dot(rows, tl.load(y_at, mask=mask, other=0.0), total, input_precision=PRECISION)
+            block = tl.load(y_at, mask=mask, other=0.0)
+            total = tl.dot(tl.trans(block), rows, total, input_precision=PRECISION)
             low_at += BLOCK_T * stride_low
             y_at += BLOCK_T * stride_y
         if slot < 0:
@@ -309,9 +349,9 @@ def _outer(
                 PARTS, TRANSPOSED, ALIGN, BLOCK_R,
             )  # fmt: skip
         else:
-            block = (slot * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * part_rows
-            at = sums + (block + j)[:, None] * widest + c[None, :]
-            tl.store(at, total, mask=within[:, None] & (c < size)[None, :])
+            place = (slot * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * part_rows
+            slot_at = sums + (place + j)[None, :] * widest + c[:, None]
+            tl.store(slot_at, total, mask=within[None, :] & (c < size)[:, None])
 
 
 @triton.jit(do_not_specialize=["first", "at_columns", "adapters", "part_rows"])
@@ -322,15 +362,15 @@ def _add_slots(
     """The chunks' sums of one adapter, in their order, to its slab."""
     span, part = tl.program_id(2), tl.program_id(1) * PARTS
     n, slot, end = tl.load(spans + 3 * span), tl.load(spans + 3 * span + 1), tl.load(spans + 3 * span + 2)
-    _, size = _columns(wide, at_columns, part, in_features, TRANSPOSED)
+    _, size = _columns(wide, at_columns, part, in_features, TRANSPOSED, 1)
     if tl.program_id(0) * BLOCK_C < size:
         j = tl.arange(0, BLOCK_R)
         c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-        mask = (j < PARTS * tl.load(ranks + n))[:, None] & (c < size)[None, :]
-        total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        mask = (j < PARTS * tl.load(ranks + n))[None, :] & (c < size)[:, None]
+        total = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
         for at in range(slot, end):
             block = (at * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * part_rows
-            total += tl.load(sums + (block + j)[:, None] * widest + c[None, :], mask=mask, other=0.0)
+            total += tl.load(sums + (block + j)[None, :] * widest + c[:, None], mask=mask, other=0.0)
         _add_to_slab(
             total, wide, ranks, accumulate, first, adapters, n, part, c, size, in_features, PARTS, TRANSPOSED, ALIGN, BLOCK_R
         )
