@@ -121,16 +121,34 @@ def _run(config: Config, console: Console) -> int:
         if not is_run(folder):
             held.enter_context(hold(folder, make=True))
         (folder / CONFIG_FILE).write_text(yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True))
+        (folder / SUMMARY_FILE).unlink(missing_ok=True)  # of fewer steps
         statistics = _train(config, console)
         return _close(config, statistics, time.monotonic() - began, console)
 
 
 def _check_resume(config: Config) -> None:
+    before = _model_before(Path(config.run.dir) / CONFIG_FILE)
+    for name, now in to_mapping(config.model).items():
+        if before is not None and before.get(name) != now:
+            raise SettingError(
+                f"model.{name}={now!r}: must be {before.get(name)!r}, which the run in {config.run.dir} was begun on; "
+                "run.fresh=true starts anew, run.dir=... elsewhere"
+            )
     for adapter in config.adapters:
         try:
             check_resume(config.run.dir, adapter)
         except ValueError as error:
             raise SettingError(str(error)) from None
+
+
+def _model_before(file: Path) -> dict[str, object] | None:
+    """The model section of the configuration that an earlier command left; None: there was none, or it was cut short."""
+    try:
+        saved = yaml.safe_load(file.read_text())
+    except (FileNotFoundError, yaml.YAMLError):
+        return None
+    model = saved.get("model") if isinstance(saved, dict) else None
+    return model if isinstance(model, dict) else None
 
 
 def _is_finished(config: Config) -> bool:
@@ -201,8 +219,8 @@ def _close(config: Config, statistics: PipelineStatistics, wall_seconds: float, 
     folder = Path(config.run.dir)
     history = History.read(folder)
     summary = summarize(statistics, history, wall_seconds)
-    write_summary(folder / SUMMARY_FILE, summary)
     write_report(folder, history, summary, to_mapping(config))
+    write_summary(folder / SUMMARY_FILE, summary)  # last: with it the run counts as finished
     print_closing(summary, console)
     console.print(f"summary: {folder / SUMMARY_FILE}   report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
     return FINISHED if all(adapter.phase == Phase.FINISHED for adapter in statistics.adapters.values()) else FAILED

@@ -16,7 +16,7 @@ import yaml
 from weft.actors.base_model import tiny_path
 from weft.configs.build import SettingError
 from weft.configs.compose import compose, descriptions
-from weft.configs.expand import expand
+from weft.configs.expand import expand, to_mapping
 from weft.configs.schema import AdapterConfig
 from weft.pipeline import main as command
 from weft.pipeline.adapter import Progress
@@ -152,6 +152,17 @@ def test_a_run_under_other_settings_is_not_resumed_by_mistake(tmp_path: Path, ca
     a_run(tmp_path / "out", config, finished=False)
     said = refused(capsys, "template.lora.rank=4")
     assert "adapters.adapter.lora.rank=4: must be 8, as in the run that out holds" in said
+    assert "run.fresh=true" in said
+
+
+def test_a_run_on_another_base_is_not_resumed_by_mistake(tmp_path: Path, capsys: Output) -> None:
+    config = expand(compose(["adapters=single"]))
+    a_run(tmp_path / "out", config.adapters[0], finished=False)
+    (tmp_path / "out" / "config.yaml").write_text(yaml.safe_dump(to_mapping(config)))
+    shutil.copytree(tiny_path(), tmp_path / "other")
+    said = refused(capsys, "adapters=single", f"model.path={tmp_path / 'other'}")
+    assert "model.path=" in said
+    assert "must be 'tiny'" in said
     assert "run.fresh=true" in said
 
 
