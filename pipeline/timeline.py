@@ -29,8 +29,9 @@ def draw_pools(history: History) -> Figure | None:
     names = list(history.adapters)
     rollouts = [(span.adapter, span.start, span.end, float(span.rollouts)) for span in history.groups]
     training = [
-        (name, launch.start, launch.end, tokens / sum(launch.tokens.values()))
+        (name, launch.start, launch.end, tokens / total)
         for launch in history.launches
+        if (total := sum(launch.tokens.values()))  # none where every rollout of the steps had the same reward
         for name, tokens in launch.tokens.items()
     ]
     figure = Figure(figsize=(WIDTH, 5.0), layout="constrained")

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from weft.configs.schema import AdapterConfig, LoraConfig
-from weft.pipeline.events import StepTaken
+from weft.pipeline.events import LaunchEnded, StepTaken
 from weft.pipeline.history import History
 from weft.pipeline.metrics import Metrics
 from weft.pipeline.palette import adapter_colour
 from weft.pipeline.plots import draw_rewards, running_mean, style, to_svg
 from weft.pipeline.report import write_report
 from weft.pipeline.summary import summarize
-from weft.pipeline.timeline import close_up, occupancy
+from weft.pipeline.timeline import close_up, draw_pools, occupancy
 
 
 class Page(HTMLParser):
@@ -129,6 +129,14 @@ def test_a_long_run_keeps_the_page_small(tmp_path, synthetic_run):
     path = write_report(tmp_path, history, summarize(run.statistics(), history, 1.0), {})
     assert path.stat().st_size < 1_500_000
     assert "400 steps are shown" in path.read_text()
+
+
+def test_a_launch_of_steps_without_an_advantage_has_no_tokens_and_no_share(tmp_path, synthetic_run):
+    events = list(synthetic_run(names=("a",), num_steps=4).events())
+    last = max(event.time for event in events)
+    history = record(tmp_path, None, [*events, LaunchEnded(last, 0.01, {"a": 0})])
+    assert any(launch.tokens == {"a": 0} for launch in history.launches)
+    assert draw_pools(history) is not None
 
 
 def test_undone_steps_are_drawn_apart_from_the_curve(tmp_path, synthetic_run):
