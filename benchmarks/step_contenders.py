@@ -51,6 +51,7 @@ class Case:
     targets: tuple[str, ...] = ("all-linear",)
     registered: int = 0  # adapters in memory; 0: those that train
     lengths: tuple[int, ...] = ()  # of the rows of an adapter, where they differ
+    solo: bool = False  # our kernels one adapter at a time are a row too
 
     @property
     def tokens(self) -> int:

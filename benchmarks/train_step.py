@@ -27,23 +27,25 @@ from step_contenders import QWEN3_4B, SMALL, Base, Case, Peft, Weft, make_adapte
 from step_profile import profile
 
 MATRIX_RATE = 796e12  # bf16 FLOP/s of one H200 on random data: shared by every percent_of_ceiling
+LARGEST_BASE = 32768  # tokens of a step of the base alone: more of them take longer and say the same
+SLOW_RUNS = 2  # timed runs of each turn of a loop over many adapters: it takes seconds, and repeats itself
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 CASES = {
     case.name: case
     for case in (
         Case("N=1 S=2048", 1, 32768, 2048),
-        Case("N=8 S=2048", 8, 4096, 2048),
+        Case("N=8 S=2048", 8, 4096, 2048, solo=True),
         Case("N=64 S=2048", 64, 2048, 2048, launch_tokens=16384),
         Case("N=1 S=512", 1, 32768, 512),
         Case("N=8 S=512", 8, 4096, 512),
         Case("N=64 S=512", 64, 512, 512, launch_tokens=16384),
-        Case("N=64 S=256", 64, 256, 256, launch_tokens=16384),
+        Case("N=64 S=256", 64, 256, 256, launch_tokens=16384, solo=True),
         Case("N=8 mixed rows", 8, 4096, 0, lengths=(1700, 900, 620, 410, 260, 140, 66)),
         Case("64 of 64, r=4 attention", 64, 512, 512, rank=4, targets=ATTENTION),
         Case("64 of 1536, r=4 attention", 64, 512, 512, rank=4, targets=ATTENTION, registered=1536),
     )
 }
-SMOKE = {"smoke": Case("smoke", 3, 128, 64, launch_tokens=256, rank=4)}
+SMOKE = {"smoke": Case("smoke", 3, 128, 64, launch_tokens=256, rank=4, solo=True)}
 
 
 def flop_per_token(case: Case, config: dict[str, Any]) -> float:
@@ -90,8 +92,8 @@ class Turns:
         contender = make()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        slow = name == "peft" and self.case.adapters > 8  # a loop over many adapters takes seconds, and is its own repetition
-        for index in range(-1 if slow else -2, 1 if slow else self.runs):
+        slow = name != "weft" and name != Base.name and self.case.adapters > 8
+        for index in range(-1 if slow else -2, SLOW_RUNS if slow else self.runs):
             _wait(self.device)
             began = time.perf_counter()
             contender.step()
@@ -123,9 +125,9 @@ def measure(case: Case, config: dict[str, Any], device: torch.device, options: a
     decoder = random_decoder(config, device, dtype)
     adapters = make_adapters(case, config, device, dtype)
     contenders: dict[str, Any] = {"weft": lambda: Weft(decoder, adapters, case)}
-    if not case.registered and case.row:
+    if not case.registered and case.row and case.tokens <= LARGEST_BASE:
         contenders["base without LoRA"] = lambda: Base(decoder, case)
-    if case.adapters > 1 and options.solo:
+    if case.solo and options.solo:
         contenders["weft, one adapter at a time"] = lambda: Weft(decoder, adapters, case, solo=True)
     if options.peft and case.row and case.targets == ("all-linear",):
         made: list[Peft] = []
@@ -162,8 +164,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a tiny shape on this CPU")
     parser.add_argument("--cases", default="", help="names, or parts of names, divided by commas")
-    parser.add_argument("--runs", type=int, default=4, help="timed runs of each turn")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
+    parser.add_argument("--runs", type=int, default=5, help="timed runs of each turn")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each contender")
     parser.add_argument("--no-peft", dest="peft", action="store_false")
     parser.add_argument("--no-solo", dest="solo", action="store_false")
     parser.add_argument("--profile", action="store_true", help="time by kind of kernel, of weft's step")

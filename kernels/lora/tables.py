@@ -90,22 +90,15 @@ def build_tables(
     inside = offsets[0] >= 0 and offsets[-1] <= tokens and list(offsets) == sorted(offsets)
     assert inside, f"offsets {list(offsets)} of {tokens} tokens"
     assert max(ranks) <= RANK_BLOCKS[-1], f"rank {max(ranks)}: kernels hold at most {RANK_BLOCKS[-1]}"
-    wide: list[NDArray[np.int64]] = []
-    placed, size = [], 0
-    for group in groups:
-        arrays = {"a": group.a, "b": group.b, "grad_a": group.grad_a, "grad_b": group.grad_b}
-        arrays["columns"] = np.cumsum([0, *group.widths])
-        first = {}
-        for name, array in arrays.items():
-            first[name] = size
-            wide.append(np.ascontiguousarray(array, np.int64).ravel())
-            size += array.size
-        placed.append(_place(group, first, ranks, item_bytes))
+    arrays = [array.ravel() for group in groups for array in (group.a, group.b, group.grad_a, group.grad_b)]
+    columns = [np.array([0, *group.widths]).cumsum() for group in groups]
+    wide = np.concatenate([*arrays, *columns])
+    placed = _place(groups, wide, count, ranks, item_bytes)
     host: list[NDArray[np.int32]] = []
     marks = [_class_arrays(block, offsets, ranks, host) for block in sorted({_block(rank) for rank in ranks})]
     rank_at, flag_at = _append(host, np.asarray(ranks)), _append(host, np.asarray(accumulate))
     narrow = _upload(np.concatenate(host), device)
-    whole = _upload(np.concatenate(wide) if wide else np.zeros(0, np.int64), device)
+    whole = _upload(wide, device)
 
     def rows(mark: tuple[int, int], width: int) -> Tensor:
         return narrow[mark[0] : mark[1]].view(-1, width)
@@ -131,12 +124,22 @@ def build_tables(
     )
 
 
-def _place(group: SlabGroup, first: dict[str, int], ranks: Sequence[int], item_bytes: int) -> Group:
-    addresses = np.concatenate([array.ravel() for array in (group.a, group.b, group.grad_a, group.grad_b)])
-    strides = [group.in_features * item_bytes, *(width * item_bytes for width in group.widths)]
-    strides += [rank * item_bytes for rank in set(ranks)]
-    align = 16 if not (addresses % 16).any() and not any(stride % 16 for stride in strides) else item_bytes
-    return Group(group.in_features, group.widths, first, align, bool(addresses.any()), bool(group.grad_a.any()))
+def _place(
+    groups: Sequence[SlabGroup], wide: NDArray[np.int64], count: int, ranks: Sequence[int], item_bytes: int
+) -> list[Group]:
+    sizes = [len(group.widths) * count for group in groups]
+    at, column_at = 0, 4 * sum(sizes)
+    even = not (wide[:column_at] % 16).any() and not any(rank * item_bytes % 16 for rank in ranks)
+    placed = []
+    for group, size in zip(groups, sizes, strict=True):
+        first = {name: at + index * size for index, name in enumerate(("a", "b", "grad_a", "grad_b"))} | {"columns": column_at}
+        aligned = even and not any(width * item_bytes % 16 for width in (group.in_features, *group.widths))
+        touched, trains = wide[at : at + size].any(), wide[at + 2 * size : at + 3 * size].any()
+        align = 16 if aligned else item_bytes
+        placed.append(Group(group.in_features, group.widths, first, align, bool(touched), bool(trains)))
+        at += 4 * size
+        column_at += len(group.widths) + 1
+    return placed
 
 
 def _block(rank: int) -> int:

@@ -29,7 +29,8 @@ from torch import Tensor
 from weft.kernels.layers.triton import swiglu, swiglu_gradient, swiglu_rows
 from weft.kernels.lora.tables import TILE, Group, Tables
 
-WIDEST_SHARED = 256  # rows of all parts that one shrink program holds; beyond it each part reads x for itself
+WIDEST_SHARED = 128  # rows of all parts that one program of shrink or outer holds; beyond it each part reads for itself
+EXPAND = {"BLOCK_T": 64, "BLOCK_O": 128, "SPAN": 4, "num_warps": 4, "num_stages": 2}  # best of eleven (bench_lora.py, H200)
 
 
 def slab_linear(
@@ -133,7 +134,8 @@ def shrink(x: Tensor, tables: Tables, group: Group, kind: str) -> Tensor:
             tables.adapters, x.stride(0), low.stride(0), group.in_features,
             PARTS=together, TRANSPOSED=not shared, ALIGN=group.align, STEP=group.align // x.element_size(),
             EVEN=even, PRECISION=_precision(x),
-            BLOCK_T=TILE, BLOCK_R=block_r, BLOCK_K=depth, num_warps=8 if block_r > 64 else 4, num_stages=4,
+            BLOCK_T=TILE, BLOCK_R=block_r, BLOCK_K=depth, num_warps=8 if block_r > 64 else 4,
+            num_stages=_stages(x),
         )  # fmt: skip
     return low
 
@@ -146,17 +148,17 @@ def expand(low: Tensor, tables: Tables, group: Group, kind: str, bias: Tensor | 
     out = torch.empty(low.shape[0], width, dtype=low.dtype, device=low.device)
     for start, stop in tables.bare:
         out[start:stop] = 0 if bias is None else bias
-    block_o = 256
+    block_t, block_o, span = EXPAND["BLOCK_T"], EXPAND["BLOCK_O"], EXPAND["SPAN"]
     for own in tables.classes:
         wide = max(group.widths) if forward else width
         even = all(size % block_o == 0 for size in (group.widths if forward else (width,)))
-        grid = (triton.cdiv(wide, block_o), parts if forward else 1, len(own.tiles))
+        grid = (triton.cdiv(wide, block_o * span), parts if forward else 1, len(own.tiles) * (TILE // block_t))
         _expand[grid](
             low, out, bias if bias is not None else low, tables.wide, own.tiles, tables.ranks, group.first[kind],
             group.first["columns"], tables.adapters, low.stride(0), width,
             PARTS=1 if forward else parts, TRANSPOSED=forward, BIAS=bias is not None, ALIGN=group.align,
-            STEP=group.align // low.element_size(), EVEN=even,
-            PRECISION=_precision(low), BLOCK_T=TILE, BLOCK_R=own.block, BLOCK_O=block_o, num_warps=8,
+            STEP=group.align // low.element_size(), EVEN=even, PRECISION=_precision(low), SPLIT=TILE // block_t,
+            BLOCK_R=own.block, **EXPAND,
         )  # fmt: skip
     return out
 
@@ -179,7 +181,7 @@ def outer(low: Tensor, y: Tensor, tables: Tables, group: Group, kind: str) -> No
         _outer[(*grid, len(own.chunks))](
             low, y, sums, own.chunks, *places, low.stride(0), y.stride(0), wide, part_rows, group.in_features,
             STEP=group.align // y.element_size(), EVEN=even, PRECISION=_precision(y),
-            BLOCK_T=64, num_warps=8 if block_r * block_c >= 16384 else 4, num_stages=3, **shape,
+            BLOCK_T=64, num_warps=8 if block_r * block_c >= 16384 else 4, num_stages=_stages(y) - 1, **shape,
         )  # fmt: skip
         if own.slots:
             _add_slots[(*grid, len(own.sums))](sums, own.sums, *places, wide, part_rows, group.in_features, **shape)
@@ -187,6 +189,11 @@ def outer(low: Tensor, y: Tensor, tables: Tables, group: Group, kind: str) -> No
 
 def _precision(x: Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"  # of products of fp32 alone
+
+
+def _stages(x: Tensor) -> int:
+    """Loads in flight: what shared memory has room for."""
+    return 4 if x.element_size() == 2 else 2
 
 
 @triton.jit
@@ -256,21 +263,23 @@ def _expand(
     low, out, bias, wide, tiles, ranks, first, at_columns, adapters, stride_low, stride_out,
     PARTS: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, ALIGN: tl.constexpr, STEP: tl.constexpr,
     EVEN: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
+    PRECISION: tl.constexpr, SPLIT: tl.constexpr, SPAN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """out[t, column + o] = sum over parts p, rows j of low[t, p R + j] M_p[j, o]; M is A [R, I], or B [O, R] transposed."""
-    tile, part = tl.program_id(2), tl.program_id(1)
+    tile, part = tl.program_id(2) // SPLIT, tl.program_id(1)
     n, start, stop = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
     rank = tl.multiple_of(tl.load(ranks + n), STEP)
     column, size = 0, stride_out
     if TRANSPOSED:
-        column = tl.load(wide + at_columns + part).to(tl.int32)
+        column = tl.multiple_of(tl.load(wide + at_columns + part).to(tl.int32), STEP)
         size = tl.load(wide + at_columns + part + 1).to(tl.int32) - column
-        column = tl.multiple_of(column, STEP)
-    if tl.program_id(0) * BLOCK_O < size:
-        t = start + tl.arange(0, BLOCK_T)
-        o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-        j = tl.arange(0, BLOCK_R)
+    t = start + tl.program_id(2) % SPLIT * BLOCK_T + tl.arange(0, BLOCK_T)
+    j = tl.arange(0, BLOCK_R)
+    stride_j, stride_o = (1, rank) if TRANSPOSED else (stride_out, 1)
+    first_column = tl.program_id(0) * BLOCK_O * SPAN
+    for at in range(first_column, tl.minimum(first_column + BLOCK_O * SPAN, size), BLOCK_O):
+        o = at + tl.arange(0, BLOCK_O)
         total = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
         for p in tl.static_range(PARTS):
             address = tl.load(wide + first + (part + p) * adapters + n)
@@ -278,7 +287,6 @@ def _expand(
             there = (j < rank) & (address != 0)
             low_at = low + t.to(tl.int64)[:, None] * stride_low + ((part + p) * rank + j)[None, :]
             rows = tl.load(low_at, mask=(t < stop)[:, None] & there[None, :], other=0.0)
-            stride_j, stride_o = (1, rank) if TRANSPOSED else (stride_out, 1)
             m_at = matrix + j[:, None] * stride_j + o[None, :] * stride_o
             mask = there[:, None] if EVEN else there[:, None] & (o < size)[None, :]
             total = tl.dot(rows, tl.load(m_at, mask=mask, other=0.0), total, input_precision=PRECISION)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from weft.kernels.optim.reference import CLIP_EPS, SlabStep
 
-BLOCK = 4096  # elements of one program of the update
+BLOCK, WARPS = 1024, 8  # elements and warps of one program of the update: best of eight (bench_optim.py, H200)
 SPAN = 1 << 18  # elements whose squares one program sums
 FIELDS = 8  # numbers of a rule, of a row of addresses
 
@@ -42,10 +42,10 @@ def adamw_steps(steps: Sequence[SlabStep]) -> Tensor:
     partial = torch.empty(len(steps), spans, dtype=torch.float32, device=device)
     norms = torch.empty(len(steps), dtype=torch.float32, device=device)
     grad, weights = steps[0].grad, steps[0].weights
-    _squares[(spans, len(steps))](places_there, partial, grad, SPAN=SPAN, BLOCK=BLOCK, FIELDS=FIELDS, num_warps=8)
+    _squares[(spans, len(steps))](places_there, partial, grad, SPAN=SPAN, BLOCK=4096, FIELDS=FIELDS, num_warps=8)
     _norms[(len(steps),)](partial, norms, spans, BLOCK=triton.next_power_of_2(spans), num_warps=4)
     _update[(triton.cdiv(largest, BLOCK), len(steps))](
-        places_there, rules_there, norms, grad, weights, CLIP_EPS=CLIP_EPS, BLOCK=BLOCK, FIELDS=FIELDS, num_warps=8
+        places_there, rules_there, norms, grad, weights, CLIP_EPS=CLIP_EPS, BLOCK=BLOCK, FIELDS=FIELDS, num_warps=WARPS
     )
     return norms
 
