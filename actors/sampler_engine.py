@@ -101,6 +101,7 @@ class Engine:
             flat_logprobs=True,
             detokenize=bool(stops),
             output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,  # vLLM's deep copy of what nobody shares is a tenth of this process's time
         )
         output = (await self._request(tokens, params, version)).outputs[0]
         sampled = list(output.token_ids)
