@@ -112,24 +112,25 @@ ADAPTERS = """\
 # @package _global_
 # three quick ones
 template:
-  num_steps: 12
-  batch_size: 32
+  num_steps: 20
+  batch_size: 64
   group_size: 8
-  eval_prompts: 32
+  eval_prompts: 128
   lora: {rank: 8, alpha: 16}
-  optimizer: {learning_rate: 5e-3}
-  sampling: {max_tokens: 48}
+  optimizer: {learning_rate: 6e-3, schedule: linear}
+  sampling: {max_tokens: 16}
 adapters:
   calculator-strict: {max_staleness: 0}
   calculator-cispo:
     max_staleness: 2
     lora: {rank: 16, alpha: 32, target_modules: [q_proj, v_proj, down_proj]}
     loss: {name: cispo, advantage: rloo}
-  spelling:
+  letters:
     max_staleness: 1
     lora: {rank: 4, alpha: 8}
-    loss: {name: dr_grpo, advantage: dr_grpo}
+    loss: {name: dr_grpo}
     environment:
       target: reasoning_gym
-      settings: {task: spell_backward}
+      settings: {task: letter_counting, exact: true, min_words: 1, max_words: 2}
+      max_turns: 1
 """

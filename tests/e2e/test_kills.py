@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 
 STEPS = 9
-SHORT = ("adapters=three", f"every.num_steps={STEPS}", "every.eval_prompts=8", "run.checkpoint_every=2")
+SHORT = ("adapters=three", f"every.num_steps={STEPS}", "every.batch_size=32", "every.eval_prompts=8", "run.checkpoint_every=2")
 OVERRIDES = (*SHORT, "cluster.dashboard_port=0")
 
 
@@ -72,4 +72,4 @@ def test_an_interrupted_run_ends_in_order(weft: Any, adapters: str, tmp_path: Pa
     assert not alive, [process.cmdline() for process in alive]
 
 
-NAMES = ("calculator-strict", "calculator-cispo", "spelling")
+NAMES = ("calculator-strict", "calculator-cispo", "letters")

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+STEPS = 20
+
 
 @pytest.fixture(scope="module")
 def run(weft: Any, adapters: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
@@ -20,8 +22,9 @@ def run(weft: Any, adapters: str, tmp_path_factory: pytest.TempPathFactory) -> A
 def test_held_out_success_rises(run: Any) -> None:
     for name, adapter in run.summary()["adapters"].items():
         assert adapter["state"] == "finished"
-        assert adapter["version"] == 12
-        assert adapter["eval_final"] > adapter["eval_base"] + 0.15, (name, adapter)
+        assert adapter["version"] == STEPS
+        assert adapter["eval_base"] <= 0.5, name
+        assert adapter["eval_final"] > 0.7, (name, adapter["eval_base"], adapter["eval_final"])
 
 
 def test_no_adapter_exceeds_its_bound_and_asynchrony_is_real(run: Any) -> None:
@@ -30,7 +33,7 @@ def test_no_adapter_exceeds_its_bound_and_asynchrony_is_real(run: Any) -> None:
     seen = {name: adapter["max_staleness_seen"] for name, adapter in summary["adapters"].items()}
     assert seen["calculator-strict"] == 0
     assert 1 <= seen["calculator-cispo"] <= 2
-    assert seen["spelling"] == 1
+    assert seen["letters"] == 1
 
 
 def test_trainer_and_sampler_agree_on_every_log_probability(run: Any) -> None:
@@ -56,7 +59,7 @@ def test_the_folder_holds_the_report_the_plots_and_tensorboard(run: Any) -> None
     assert 'src="http' not in report
     assert list(run.folder.glob("**/*.png"))
     assert list(run.folder.glob("tensorboard/*/events.out.tfevents.*"))
-    assert len(run.steps()) == 36
+    assert len(run.steps()) == 3 * STEPS
 
 
 def test_the_same_command_again_says_that_it_has_finished(run: Any, weft: Any, adapters: str) -> None:
@@ -89,7 +92,7 @@ def test_peft_folders_load_in_peft_and_in_vllm_with_the_same_log_probabilities(r
     for name in folders:
         difference = torch.tensor(theirs[name]) - torch.tensor(engines[name])
         assert difference.abs().mean() < 1e-3
-    assert theirs["spelling"] != theirs["calculator-strict"]
+    assert theirs["letters"] != theirs["calculator-strict"]
 
 
 def _in_vllm(model: str, folders: dict[str, str], tokens: list[int]) -> dict[str, list[float]]:
