@@ -2,19 +2,25 @@
 
     spawn ──> prepare ──> ready ──> (requests) ──> death: every pending request raises PeerDiedError ──> spawn ...
        ^                                                                                             |
-       '──────────────────────── at most `restarts` times in a run ─────────────────────────────────'
+       '────────────── at most `restarts` times within WINDOW_S, or without being ready ─────────────'
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
+from typing import Any, Protocol, TypeVar
 
+from weft.transport import messages
 from weft.transport.errors import PeerDiedError, StartError, WeftError
 
+STATISTICS_DEADLINE_S = 5.0
 RESTARTS = 5
+WINDOW_S = 600.0  # deaths longer ago are forgotten: a run may take weeks
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
@@ -51,12 +57,19 @@ class Member:
     prepare: what a fresh process is told before it is ready; lost: called at each death, before anything is restarted.
     """
 
-    def __init__(self, name: str, spawn: Spawn, connect: Connect, restarts: int = RESTARTS) -> None:
+    def __init__(
+        self, name: str, spawn: Spawn, connect: Connect, restarts: int = RESTARTS, clock: Callable[[], float] | None = None
+    ) -> None:
+        """clock: seconds, the event loop's if None."""
         self.name = name
         self.deaths = 0
+        self.last_death = ""  # why
         self._spawn = spawn
         self._connect = connect
         self._restarts = restarts
+        self._clock = clock
+        self._remembered: deque[float] = deque()  # when it died
+        self._was_ready = False  # in this life
         self._process: Process | None = None
         self._client: Client | None = None
         self._ready = asyncio.Event()
@@ -111,14 +124,24 @@ class Member:
         while True:
             why = await self._one_life(prepare)
             self.deaths += 1
-            why = f"{why}: {self._trouble}" if self._trouble else why
-            _log.warning("%s", why)
+            self.last_death = f"{why}: {self._trouble}" if self._trouble else why
+            _log.warning("%s", self.last_death)
             await lost()
-            if self.deaths > self._restarts:
-                raise PeerDiedError(f"{self.name} ended {self.deaths} times: more than a run survives. The last: {why}")
+            if (deaths := self._count_death()) > self._restarts:
+                said = f"{self.name} ended {deaths} times in a short while: more than a run survives"
+                raise PeerDiedError(f"{said}. The last: {self.last_death}")
+
+    def _count_death(self) -> int:
+        """Deaths lately, with this one. A life that never was ready forgets none: slow failures are failures too."""
+        now = (self._clock or asyncio.get_running_loop().time)()
+        while self._was_ready and self._remembered and self._remembered[0] <= now - WINDOW_S:
+            self._remembered.popleft()
+        self._remembered.append(now)
+        return len(self._remembered)
 
     async def _one_life(self, prepare: Callable[[], Awaitable[None]]) -> str:
         """From start to death; returns why it ended."""
+        self._was_ready = False
         try:
             process = await self._spawn()
         except StartError as error:
@@ -152,8 +175,47 @@ class Member:
             self.condemn(f"{self.name} could not be prepared: {error}")
         else:
             if not self._condemned.is_set():
+                self._was_ready = True
                 self._ready.set()
 
     async def _execute(self, process: Process) -> None:
         await self._condemned.wait()
         await process.stop()
+
+
+async def all_ready(members: Sequence[Member]) -> None:
+    """Returns when all of them take requests."""
+    while not all(member.ready for member in members):  # one may die while another is waited for
+        await together(*(member.wait_ready() for member in members))
+
+
+async def any_ready(members: Sequence[Member]) -> list[Member]:
+    """Returns when one of them takes requests: all that do."""
+    while not (ready := [member for member in members if member.ready]):
+        async with asyncio.TaskGroup() as tasks:
+            waiting = [tasks.create_task(member.wait_ready()) for member in members]
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in waiting:
+                task.cancel()
+    return ready
+
+
+async def statistics_of(members: Sequence[Member]) -> list[Any]:
+    """Of those that answer now."""
+
+    async def ask(member: Member) -> Any:
+        with suppress(WeftError):  # a dying one has none; the next poll asks again
+            return await member.request(messages.GetStatistics(), STATISTICS_DEADLINE_S)
+
+    replies = await together(*(ask(member) for member in members))
+    return [reply for reply in replies if reply is not None]
+
+
+async def together(*calls: Coroutine[Any, Any, T]) -> list[T]:
+    """Await all at once. The first exception ends the others and is raised as it is, not in a group."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(call) for call in calls]
+    except ExceptionGroup as group:
+        raise group.exceptions[0] from None
+    return [task.result() for task in running]

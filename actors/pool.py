@@ -1,7 +1,6 @@
-"""The three pools that the pipeline awaits: pipeline/interfaces.py over processes that may die.
+"""Samplers and parameter sync as the pipeline awaits them: pipeline/interfaces.py over processes that may die.
 
     SamplerPool   a death: its rollouts raise PeerDiedError; the new process is told every adapter, joins the relay, is ready
-    TrainerPool   a death: every call about an adapter it held raises PeerDiedError until `add` makes that adapter again
     ParamSyncPool a death: the new relay is told every sampler, and the trainers hand over every installed version again
 
     publish(ref): trainer Publish ──slab──> relay Distribute ──> every joined sampler has installed it
@@ -11,99 +10,32 @@ A sampler joins between publishes, never during one: so none is missed by it, an
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
+import logging
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
-from weft.actors.member import Member
+from weft.actors.member import Member, all_ready, any_ready, statistics_of, together
+from weft.actors.trainer_pool import TrainerPool
 from weft.configs.expand import to_mapping
 from weft.configs.schema import AdapterConfig
 from weft.transport import messages
 from weft.transport.errors import PeerDiedError, RemoteError, WeftError
-from weft.transport.messages import AdapterRef, Distributed, Group, Saved, SlabHandle, StepResults, TrainBatch
+from weft.transport.messages import AdapterRef, Distributed, Group, SlabHandle
 
-STATISTICS_DEADLINE_S = 5.0
 ENGINE_LOST = "EngineLostError"  # of sampler_engine.py: the sampler's process lives, and can do nothing any more
 ATTEMPTS = 5  # of one publish, while nothing has died: a death's notice may come later than the error that it causes
 PAUSE_S = 0.25  # before the second attempt, and longer before each one after it
-T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
-async def together(*calls: Coroutine[Any, Any, T]) -> list[T]:
-    """Await all at once. The first exception ends the others and is raised as it is, not in a group."""
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(call) for call in calls]
-    except ExceptionGroup as group:
-        raise group.exceptions[0] from None
-    return [task.result() for task in running]
+@dataclass(frozen=True)
+class _Joined:
+    """A sampler's process that takes part in every sync."""
 
-
-class TrainerPool:
-    """Weights, gradients and moments of every adapter; each adapter lives in one trainer."""
-
-    def __init__(self, members: Sequence[Member], deadline_s: float) -> None:
-        self._members = members
-        self._deadline_s = deadline_s  # of making an adapter: its environment or weights
-        self._home: dict[str, Member] = {}
-
-    async def wait_ready(self) -> None:
-        """Returns when every trainer runs. One that was restarted is empty: `add` and `load`."""
-        for member in self._members:
-            await member.wait_ready()
-
-    async def add(self, config: AdapterConfig, lineage: int) -> None:
-        await self.wait_ready()
-        member = self._home.get(config.name) or min(self._members, key=self._count)
-        await member.request(messages.AddAdapter(to_mapping(config), lineage), self._deadline_s)
-        self._home[config.name] = member
-
-    async def drop(self, name: str) -> None:
-        member = self._home.pop(name, None)
-        if member is not None:
-            with suppress(PeerDiedError):  # then it is gone already
-                await member.request(messages.DropAdapter(name), self._deadline_s)
-
-    async def step(self, batches: Sequence[TrainBatch]) -> StepResults:
-        shares: dict[Member, list[TrainBatch]] = {}
-        for batch in batches:
-            shares.setdefault(self._at(batch.ref.name), []).append(batch)
-        done = await together(*(member.request(messages.TrainStep(tuple(share))) for member, share in shares.items()))
-        results = tuple(result for part in done for result in part.results)
-        return StepResults(results, max(part.seconds for part in done))
-
-    async def save(self, ref: AdapterRef, folder: str) -> Saved:
-        saved: Saved = await self._at(ref.name).request(messages.Save(ref, folder))
-        return saved
-
-    async def load(self, ref: AdapterRef, folder: str) -> None:
-        await self._at(ref.name).request(messages.Load(ref, folder))
-
-    async def export(self, ref: AdapterRef, folder: str) -> None:
-        await self._at(ref.name).request(messages.Export(ref, folder))
-
-    async def publish(self, ref: AdapterRef) -> SlabHandle:
-        """The weights of `ref`, for the relay."""
-        handle: SlabHandle = await self._at(ref.name).request(messages.Publish(ref), self._deadline_s)
-        return handle
-
-    async def statistics(self) -> list[messages.TrainerStatistics]:
-        """Of those that answer now."""
-        return await _statistics(self._members)
-
-    async def prepare(self, member: Member) -> None:
-        """Nothing: a fresh trainer is empty until the pipeline adds to it."""
-
-    async def lost(self, member: Member) -> None:
-        self._home = {name: home for name, home in self._home.items() if home is not member}
-
-    def _at(self, name: str) -> Member:
-        if name not in self._home:
-            raise PeerDiedError(f"{name}: the trainer that held it has died; it has to be added and loaded again")
-        return self._home[name]
-
-    def _count(self, member: Member) -> int:
-        return sum(home is member for home in self._home.values())
+    member: Member
+    endpoint: str
 
 
 class ParamSyncPool:
@@ -113,7 +45,7 @@ class ParamSyncPool:
         self._member = member
         self._trainers = trainers
         self._deadline_s = deadline_s  # of one sync
-        self._joined: dict[int, str] = {}  # sampler -> endpoint
+        self._joined: dict[int, _Joined] = {}
         self._current: dict[str, AdapterRef] = {}  # what the relay has distributed
         self._absent: dict[str, asyncio.Event] = {}  # adapters that a new relay could not be given; set when they are published
         self._turns = _Turns()
@@ -132,6 +64,7 @@ class ParamSyncPool:
             async with self._turns.shared():
                 await self._member.wait_ready()
                 handle = await self._trainers.publish(ref)
+                await self._member.wait_ready()  # one that has come meanwhile knows no sampler before it is prepared
                 world = self._world()
                 try:
                     done: Distributed = await self._distribute(handle, supersedes)
@@ -144,15 +77,16 @@ class ParamSyncPool:
                     return done
             await asyncio.sleep(PAUSE_S * attempt)
 
-    async def join(self, sampler: int, endpoint: str) -> None:
+    async def join(self, sampler: int, member: Member) -> None:
         """Returns when this sampler has the newest version of every adapter."""
+        joined = _Joined(member, member.endpoint)
         async with self._turns.alone():
             while True:
                 await self._member.wait_ready()
                 limit = self._deadline_s * (1 + len(self._current))
                 with suppress(PeerDiedError):  # the relay's: the next one is asked again
-                    await self._member.request(messages.JoinSampler(sampler, endpoint), limit)
-                    self._joined[sampler] = endpoint
+                    await self._member.request(messages.JoinSampler(sampler, joined.endpoint), limit)
+                    self._joined[sampler] = joined
                     return
 
     async def leave(self, sampler: int) -> None:
@@ -173,28 +107,57 @@ class ParamSyncPool:
             await self._absent[name].wait()
 
     async def statistics(self) -> list[messages.SyncStatistics]:
-        return await _statistics([self._member])
+        return await statistics_of([self._member])
 
     async def prepare(self, member: Member) -> None:
         """Give a fresh relay the samplers and every installed version. What cannot be given now comes with its next publish."""
-        for sampler, endpoint in list(self._joined.items()):
+        for sampler, joined in list(self._joined.items()):
             try:
-                await member.request(messages.JoinSampler(sampler, endpoint), self._deadline_s)
-            except WeftError:
+                await member.request(messages.JoinSampler(sampler, joined.endpoint), self._deadline_s)
+            except WeftError as error:
                 if not member.alive:
                     raise
-                self._joined.pop(sampler, None)  # it is dying: it joins again when it is back
-        for name, ref in list(self._current.items()):
+                # Dead or not: no sync reaches it any more, so it may not serve. It joins again when it is back.
+                if self._joined.get(sampler) is joined:
+                    self._joined.pop(sampler)
+                    joined.member.condemn(f"it did not join the new relay: {error}")
+        for ref in list(self._current.values()):
+            await self._hand_over(member, ref)
+
+    async def _hand_over(self, member: Member, ref: AdapterRef) -> None:
+        """Give a fresh relay this version, unless its adapter is dropped or goes on from another one meanwhile.
+
+        When it cannot be distributed, the samplers that live have it all the same; one that comes and lacks it says so to this
+        adapter alone.
+        """
+        for attempt in range(1, ATTEMPTS + 1):
+            if not self._is_current(ref):
+                return
             try:
                 handle = await self._trainers.publish(ref)
-                await self._distribute(handle, None)
-            except WeftError:
-                if not member.alive:
-                    raise
-                # The trainer has died, or is a version ahead: a publish of this adapter is on its way.
-                self._absent.setdefault(name, asyncio.Event())
+            except (PeerDiedError, RemoteError):  # it has died, or is a version ahead: the adapter's next publish is on its way
+                if self._is_current(ref):
+                    self._absent.setdefault(ref.name, asyncio.Event())
+                return
+            except WeftError as error:
+                failure: WeftError = error
             else:
-                self._settle(name)
+                if not self._is_current(ref):
+                    return
+                try:
+                    await self._distribute(handle, None)
+                except WeftError as error:
+                    if not member.alive:
+                        raise
+                    failure = error
+                else:
+                    self._settle(ref.name)
+                    return
+            await asyncio.sleep(PAUSE_S * attempt)
+        _log.warning("the new relay could not be given %s: %s", ref, failure)
+
+    def _is_current(self, ref: AdapterRef) -> bool:
+        return self._current.get(ref.name) == ref
 
     async def lost(self, member: Member) -> None:
         """Nothing: the slabs that it held are with the trainers."""
@@ -204,7 +167,7 @@ class ParamSyncPool:
         done: Distributed = await self._member.request(message, 2 * self._deadline_s)
         return done
 
-    def _world(self) -> tuple[int, dict[int, str]]:
+    def _world(self) -> tuple[int, dict[int, _Joined]]:
         return self._member.deaths, dict(self._joined)
 
     def _held(self, ref: AdapterRef) -> None:
@@ -234,8 +197,7 @@ class SamplerPool:
 
     async def wait_ready(self) -> None:
         """Returns when every sampler runs and has every adapter's newest version."""
-        for member in self._members:
-            await member.wait_ready()
+        await all_ready(self._members)
 
     async def add(self, config: AdapterConfig, lineage: int) -> int | None:
         """Build the adapter's environment on every sampler; returns its number of training prompts, None if endless."""
@@ -253,18 +215,18 @@ class SamplerPool:
 
     async def drop(self, name: str) -> None:
         self._adapters.pop(name, None)
+        await self._sync.drop(name)  # first: a new relay may not bring it back
         for member in self._members:
             with suppress(PeerDiedError):  # the next process never hears of it
                 await self._ask(member, messages.DropAdapter(name), self._deadline_s)
-        await self._sync.drop(name)
 
     async def rollout(self, ref: AdapterRef, prompt_index: int, group_size: int, held_out: bool = False) -> Group:
-        """Raises PeerDiedError when the sampler that was sampling it died, AdapterFault when the environment raised."""
+        """Waits until one sampler is ready, whichever.
+
+        Raises PeerDiedError when the sampler that was sampling it died, AdapterFault when the environment raised.
+        """
         await self._sync.wait_held(ref.name)
-        ready = [member for member in self._members if member.ready]
-        if not ready:
-            raise PeerDiedError("every sampler is being restarted")
-        member = min(ready, key=self._in_flight.__getitem__)
+        member = min(await any_ready(self._members), key=self._in_flight.__getitem__)
         self._in_flight[member] += group_size
         try:
             group: Group = await self._ask(member, messages.Rollout(ref, prompt_index, group_size, held_out))
@@ -274,7 +236,7 @@ class SamplerPool:
 
     async def statistics(self) -> list[messages.SamplerStatistics]:
         """Of those that answer now."""
-        return await _statistics(self._members)
+        return await statistics_of(self._members)
 
     async def prepare(self, member: Member) -> None:
         """Tell a fresh sampler every adapter, and have the relay give it their newest versions."""
@@ -282,7 +244,7 @@ class SamplerPool:
             if name in self._adapters:  # still; what comes while this goes on is told by `add`, which waits for this to end
                 with suppress(RemoteError):  # its own fault: its next rollout says so, to it alone
                     await member.request(message, self._deadline_s)
-        await self._sync.join(self._members.index(member), member.endpoint)
+        await self._sync.join(self._members.index(member), member)
 
     async def lost(self, member: Member) -> None:
         await self._sync.leave(self._members.index(member))
@@ -324,12 +286,3 @@ class _Turns:
         async with self._alone:
             await self._free.wait()
             yield
-
-
-async def _statistics(members: Sequence[Member]) -> list[Any]:
-    async def ask(member: Member) -> Any:
-        with suppress(WeftError):  # a dying one has none; the next poll asks again
-            return await member.request(messages.GetStatistics(), STATISTICS_DEADLINE_S)
-
-    replies = await together(*(ask(member) for member in members))
-    return [reply for reply in replies if reply is not None]

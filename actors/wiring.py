@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from weft.actors.member import Connect, Member, Process
-from weft.actors.pool import ParamSyncPool, SamplerPool, TrainerPool
+from weft.actors.pool import ParamSyncPool, SamplerPool
 from weft.actors.preflight import max_lora_rank, model_folder
+from weft.actors.trainer_pool import TrainerPool
 from weft.configs.schema import Config
 from weft.transport.channel import Client
 

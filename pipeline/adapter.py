@@ -64,7 +64,7 @@ class Adapter:
     gate: StalenessGate | None = None  # of this lineage
     checkpointed: int | None = None  # version of the newest checkpoint of this lineage
     staleness: int = 0  # of the newest step's stalest group
-    deaths: int = 0  # of its trainer, noticed by its own calls since it last took a step
+    deaths: int = 0  # of its trainer while that worked for it, since it last took a step
     leaving: bool = False
     fault: Exception | None = None  # why this lineage must end: its own AdapterFault, or its trainer's death
     faulted: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())  # done with fault

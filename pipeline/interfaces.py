@@ -1,9 +1,12 @@
-"""The three pools as the pipeline sees them. `actors/pool.py` implements them over processes; the tests in virtual time.
+"""The three pools as the pipeline sees them. `actors/pool.py` and
+`actors/trainer_pool.py` implement them over processes; the tests in virtual time.
 
 A pool restarts its own processes. What a caller must know of a death comes as an exception:
 samplers.rollout and every trainers call raise PeerDiedError when the process that served them died;
 `wait_ready` returns once the pool is whole again (samplers: every live version re-installed; trainers: empty, so load).
-A trainers call that names an adapter whose process has died since its `add` raises PeerDiedError too, however late it comes.
+A trainers call that names an adapter whose process has died since its `add` raises PeerDiedError too, however late it comes,
+and `wait_lost` tells whoever makes no call. One death is told in the same words by all of them, another in others.
+A rollout waits for any sampler that is ready, so that the others serve while one is restarted.
 Samplers' `add` and `drop`, and `publish`, ride over the death of a sampler themselves.
 AdapterFault is one adapter's own fault and ends that adapter alone.
 """
@@ -44,6 +47,9 @@ class Trainers(Protocol):
         """Make version 0 (random A, zero B, or the warm start)."""
 
     async def drop(self, name: str) -> None: ...
+
+    async def wait_lost(self, name: str) -> str:
+        """Returns why the process died that has held this adapter since its newest `add`: at once, if it is dead."""
 
     async def step(self, batches: Sequence[TrainBatch]) -> StepResults:
         """One fused forward and backward over all batches, then one optimizer step each."""

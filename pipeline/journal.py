@@ -69,6 +69,11 @@ class Journal:
         self._warnings.append(f"{adapter}: {message}" if adapter else message)
         self.tell(Warned(self.now(), adapter, message))
 
+    def warn_once(self, adapter: str, message: str) -> None:
+        """Say it, unless it was said."""
+        if (f"{adapter}: {message}" if adapter else message) not in self._warnings:
+            self.warn(adapter, message)
+
     def launch_ended(self, seconds: float, tokens: Mapping[str, int]) -> None:
         """Say that a trainer launch ended."""
         self.tell(LaunchEnded(self.now(), seconds, tokens))

@@ -6,13 +6,15 @@
 
     loop            waits for                                      who unblocks it
     _live           its trainer, after that died                   the pool, which restarts it
+    _watch          the death of its trainer                       the pool, or the end of the lineage
     _train          the oldest groups                              _rollout; or whoever interrupts: leave, a death, a fault
                     its place in a trainer launch, and the launch  StepScheduler, when the launch before it ends
                     every sampler to install the version           the parameter sync
     _sample         a place of the gate                            _train, after the install
     _rollout        places on the samplers, in fair shares         any _rollout that ends
                     the other suspects, after several deaths       the suspect that runs, when it ends
-                    the samplers to be whole again after a death   the pool, which restarts them
+                    all samplers to be ready, likewise             the pool, which restarts them
+                    any sampler to be ready                        the pool
 
 A fault of one adapter (its reward raises, its loss is not finite) and the death of a trainer interrupt `_train` only where it
 waits for groups, and an evaluation: a trainer launch or a sync that has begun is never cancelled under the other adapters that
@@ -134,8 +136,18 @@ class Pipeline:
         await self._drop(adapter)
 
     async def _run_lineage(self, adapter: Adapter) -> None:
-        config = adapter.config
         await self._recovery.begin_lineage(adapter)
+        async with asyncio.TaskGroup() as tasks:
+            watching = tasks.create_task(self._watch(adapter))
+            await self._learn(adapter)
+            watching.cancel()
+
+    async def _watch(self, adapter: Adapter) -> None:
+        """Tell an adapter that waits for rollouts, and calls no trainer, that there is none for them."""
+        adapter.interrupt(PeerDiedError(await self._pools.trainers.wait_lost(adapter.name)))
+
+    async def _learn(self, adapter: Adapter) -> None:
+        config = adapter.config
         num_prompts = await self._pools.samplers.add(config, adapter.ref.lineage)
         await self._publish(adapter)
         if adapter.version == 0 and adapter.progress.eval_base is None:
@@ -201,7 +213,8 @@ class Pipeline:
                 else:
                     self._journal.group_sampled(adapter, group, began, held_out)
                     return group
-            await samplers.wait_ready()
+            if deaths + 1 >= SUSPECT_DEATHS:
+                await samplers.wait_ready()  # so that a guilty one takes them down one at a time
         adapter.interrupt(AdapterFault(f"{adapter.name}: {MAX_DEATHS} samplers died of prompt {prompt_index}: {died}"))
         return None
 
@@ -229,16 +242,12 @@ class Pipeline:
     # ---- how it ends ----
 
     async def _roll_back(self, adapter: Adapter, died: BaseExceptionGroup[PeerDiedError]) -> None:
-        """Wait for a trainer to begin a new lineage on. Who learns of the death first tells all: they lost their state too."""
+        """Wait for a trainer to begin a new lineage on. The death is counted if the trainer had something to do for it."""
         reason = next(leaves(died))
-        if not isinstance(adapter.fault, PeerDiedError):
-            adapter.deaths += 1
-            if adapter.deaths > MAX_DEATHS:
-                raise reason
-            self._journal.warn("", f"a trainer died, its adapters go back to their last checkpoints: {reason}")
-            for other in self._adapters.values():
-                if other is not adapter:
-                    other.interrupt(PeerDiedError(str(reason)))
+        adapter.deaths += adapter.phase not in (Phase.SAMPLING, Phase.EVALUATING)
+        if adapter.deaths > MAX_DEATHS:
+            raise reason
+        self._journal.warn_once("", f"a trainer died, its adapters go back to their last checkpoints: {reason}")
         adapter.progress = replace(adapter.progress, rollbacks=adapter.progress.rollbacks + 1)
         self._enter(adapter, Phase.ROLLING_BACK)
         await self._pools.trainers.wait_ready()

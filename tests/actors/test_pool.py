@@ -6,14 +6,16 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
 from weft.actors.member import Member
-from weft.actors.pool import ParamSyncPool, SamplerPool, TrainerPool
+from weft.actors.pool import ParamSyncPool, SamplerPool
 from weft.actors.sampler_engine import EngineLostError
+from weft.actors.trainer_pool import TrainerPool
 from weft.configs.schema import AdapterConfig
 from weft.transport import messages
 from weft.transport.errors import AdapterFault, InstallError, PeerDiedError, RemoteError, StartError
@@ -88,6 +90,7 @@ class Sampler:
 
 class Trainer:
     def __init__(self, world: World) -> None:
+        self.world = world
         self.versions: dict[str, AdapterRef] = {}
 
     async def handle(self, message: Any) -> Any:
@@ -102,6 +105,8 @@ class Trainer:
                 return messages.StepResults(tuple(messages.StepResult(self.versions[ref.name], 0, {}) for ref in refs), 1.0)
             case messages.Publish():
                 assert self.versions[message.ref.name] == message.ref
+                self.world.publishing.set()
+                await self.world.may_publish.wait()
                 return messages.SlabHandle(message.ref, 0, "float32", 1, 1.0, (), 0.0, 0.0)
             case messages.Load():
                 self.versions[message.ref.name] = message.ref
@@ -131,11 +136,14 @@ class Relay:
             case messages.Distribute():
                 self.world.distributing.set()
                 await self.hold.wait()
-                for sampler in message.samplers:
+                for sampler in set(message.samplers) & set(self.endpoints):
                     await self._install(sampler, message.handle.ref)
                 self.newest[message.handle.ref.name] = message.handle
                 return messages.Distributed(0.0, 0.0, 0.0)
             case messages.JoinSampler():
+                await self.world.may_join.wait()
+                if message.endpoint in self.world.unjoinable:
+                    raise InstallError("it does not answer")
                 self.endpoints[message.sampler] = message.endpoint
                 for handle in self.newest.values():
                     await self._install(message.sampler, handle.ref)
@@ -159,20 +167,27 @@ class World:
         self.starts_fail = False
         self.may_start = asyncio.Event()
         self.may_start.set()
+        self.held_back: set[str] = set()  # that do not start
+        self.unjoinable: set[str] = set()  # endpoints
+        self.publishing = asyncio.Event()
+        self.may_publish, self.may_join = asyncio.Event(), asyncio.Event()
+        self.may_publish.set()
+        self.may_join.set()
         self.tasks: asyncio.TaskGroup
 
-    def member(self, name: str, kind: Callable[[World], Any]) -> Member:
+    def member(self, name: str, kind: Callable[[World], Any], clock: Callable[[], float] | None = None) -> Member:
         async def spawn() -> StandIn:
             if self.starts_fail:
                 raise StartError(f"{name} did not start")
             await self.may_start.wait()
+            await self.until(lambda: name not in self.held_back)
             process = StandIn(kind(self))
             process.endpoint = await process.server.start("memory://")
             self.tasks.create_task(process.server.serve())
             self.processes.setdefault(name, []).append(process)
             return process
 
-        return Member(name, spawn, Client)
+        return Member(name, spawn, Client, clock=clock)
 
     def now(self, name: str) -> StandIn:
         return self.processes[name][-1]
@@ -368,6 +383,139 @@ def test_relay_and_sampler_dead_while_the_trainer_is_a_version_ahead_rollouts_wa
     asyncio.run(law())
 
 
+def test_a_version_that_a_new_relay_cannot_distribute_is_tried_again_and_no_rollout_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            refs = [await pools.add(name) for name in ("a", "b")]
+            world.uninstallable.add("a")
+            await world.kill("relay")
+            await world.until(lambda: len(world.processes["relay"]) == 2)
+            await pools.sync.wait_ready()
+            assert list(world.now("relay").actor.newest) == ["b"]
+            assert (await pools.samplers.rollout(refs[0], 0, 1)).ref == refs[0]  # the samplers that live have it
+            world.distributing.clear()
+            await world.kill("relay")
+            await world.distributing.wait()
+            await asyncio.sleep(0)
+            world.uninstallable.clear()
+            await pools.sync.wait_ready()
+            assert sorted(world.now("relay").actor.newest) == ["a", "b"]
+
+    monkeypatch.setattr("weft.actors.pool.PAUSE_S", 0.01)
+    asyncio.run(law())
+
+
+def test_a_sampler_that_does_not_join_a_new_relay_is_restarted_and_then_has_every_newest_version() -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            ref = await pools.add("a")
+            world.unjoinable.add(world.now("sampler-0").endpoint)
+            await world.kill("relay")
+            await world.until(lambda: len(world.processes["sampler-0"]) == 2)
+            newer = await pools.step(ref)
+            await pools.sync.publish(newer, ref)
+            await pools.samplers.wait_ready()
+            assert sorted(world.now("relay").actor.endpoints) == [0, 1]
+            assert all(world.now(f"sampler-{index}").actor.installed == {"a": newer} for index in range(2))
+
+    asyncio.run(law())
+
+
+def test_an_adapter_dropped_while_a_new_relay_is_prepared_is_not_given_to_it() -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            await pools.add("a")
+            world.may_publish.clear()
+            world.publishing.clear()
+            await world.kill("relay")
+            await world.publishing.wait()
+            await pools.samplers.drop("a")
+            world.may_publish.set()
+            await pools.sync.wait_ready()
+            assert world.now("relay").actor.newest == {}
+            assert all(world.now(f"sampler-{index}").actor.installed == {} for index in range(2))
+
+    asyncio.run(law())
+
+
+def test_a_publish_overtaken_by_a_new_relay_waits_until_that_knows_the_samplers() -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            ref = await pools.add("a")
+            newer = await pools.step(ref)
+            world.may_publish.clear()
+            world.publishing.clear()
+            async with asyncio.TaskGroup() as tasks:
+                publishing = tasks.create_task(pools.sync.publish(newer, ref))
+                await world.publishing.wait()
+                world.may_join.clear()
+                await world.kill("relay")
+                await world.until(lambda: len(world.processes["relay"]) == 2)
+                world.may_publish.set()
+                await asyncio.sleep(0.05)
+                assert not publishing.done()
+                world.may_join.set()
+            assert all(world.now(f"sampler-{index}").actor.installed == {"a": newer} for index in range(2))
+
+    asyncio.run(law())
+
+
+def test_a_rollout_waits_for_the_first_sampler_that_is_ready() -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            ref = await pools.add("a")
+            names = ("sampler-0", "sampler-1")
+            world.held_back.update(names)
+            for name in names:
+                await world.kill(name)
+            await world.until(lambda: not any(member.ready for member in pools.sampler_members))
+            async with asyncio.TaskGroup() as tasks:
+                rollout = tasks.create_task(pools.samplers.rollout(ref, 0, 1))
+                await asyncio.sleep(0.05)
+                assert not rollout.done()
+                world.held_back.discard("sampler-1")
+                assert (await rollout).ref == ref
+            assert not pools.sampler_members[0].ready
+            world.held_back.clear()
+
+    asyncio.run(law())
+
+
+def test_one_of_two_trainers_dies_only_its_adapters_are_lost_and_all_calls_say_the_same() -> None:
+    async def law() -> None:
+        world = World()
+        async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+            world.tasks = tasks
+            members = [world.member(f"trainer-{index}", Trainer) for index in range(2)]
+            pool = TrainerPool(members, 5)
+            kept = [
+                tasks.create_task(member.keep(partial(pool.prepare, member), partial(pool.lost, member))) for member in members
+            ]
+            for name in "abc":  # b lives alone on trainer-1
+                await pool.add(AdapterConfig(name), 0)
+            waiting = {name: tasks.create_task(pool.wait_lost(name)) for name in "abc"}
+            await asyncio.sleep(0.01)
+            await world.kill("trainer-0")  # nobody calls it
+            why = {await waiting["a"], await waiting["c"]}
+            for name in "ac":
+                with pytest.raises(PeerDiedError) as caught:
+                    await pool.save(AdapterRef(name, 0, 0), "x")
+                why.add(str(caught.value))
+            assert len(why) == 1
+            assert not waiting["b"].done()
+            await pool.step([batch(AdapterRef("b", 0, 0))])
+            await pool.add(AdapterConfig("a"), 1)
+            await pool.step([batch(AdapterRef("a", 1, 0))])
+            await world.kill("trainer-0")
+            assert await pool.wait_lost("a") not in why
+            for task in (*kept, waiting["b"]):
+                task.cancel()
+
+    asyncio.run(law())
+
+
 def test_an_adapters_own_fault_passes_through_and_touches_no_other() -> None:
     async def law() -> None:
         async with running() as (pools, world):
@@ -434,6 +582,41 @@ def test_a_member_that_dies_again_and_again_ends_the_run_and_one_that_never_star
         with pytest.raises(ExceptionGroup) as caught:
             asyncio.run(law())
         assert caught.group_contains(kind)
+
+
+def test_deaths_long_ago_are_forgotten_but_not_those_of_a_process_that_is_never_ready() -> None:
+    async def lives(prepare: Callable[[], Awaitable[None]], often_from: int) -> int:
+        """Of a process that dies once it is ready: every 601 s, and every second from life `often_from` on."""
+        now = 0.0
+        world = World()
+
+        def seconds() -> float:
+            nonlocal now
+            now += 1 if member.deaths > often_from else 601
+            return now
+
+        async def kill() -> None:
+            while True:
+                await member.wait_ready()
+                world.now("relay").dead.set()
+                await asyncio.sleep(0)
+
+        async with asyncio.timeout(10), asyncio.TaskGroup() as world.tasks:
+            member = world.member("relay", Relay, clock=seconds)
+            killing = world.tasks.create_task(kill())
+            with pytest.raises(PeerDiedError, match="6 times"):
+                await member.keep(prepare, succeed)
+            killing.cancel()
+        return member.deaths
+
+    async def succeed() -> None:
+        pass
+
+    async def fail() -> None:
+        raise RemoteError("it cannot be prepared", "ValueError")
+
+    assert asyncio.run(lives(succeed, often_from=20)) == 20 + 5
+    assert asyncio.run(lives(fail, often_from=20)) == 6
 
 
 def test_statistics_are_of_the_processes_that_answer() -> None:

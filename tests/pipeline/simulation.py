@@ -123,6 +123,7 @@ class Process:
     def __init__(self, world: World) -> None:
         self.world = world
         self.deaths = 0
+        self.died: list[asyncio.Event] = [asyncio.Event()]  # of each life
         self.ready = asyncio.Event()
         self.ready.set()
         self._calls: set[asyncio.Future[None]] = set()
@@ -130,7 +131,7 @@ class Process:
     async def work(self, mean: float) -> None:
         """Be busy; raises PeerDiedError if it dies meanwhile or is dead."""
         if not self.ready.is_set():
-            raise PeerDiedError("it is being restarted")
+            raise PeerDiedError(self.why(self.deaths - 1))
         died: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._calls.add(died)
         try:
@@ -141,15 +142,22 @@ class Process:
         finally:
             self._calls.discard(died)
 
+    def why(self, life: int) -> str:
+        """It died in this life of it."""
+        return f"killed in life {life}"
+
     async def die(self) -> None:
         """Die, and come back later."""
         if not self.ready.is_set():
             return
+        why = self.why(self.deaths)
+        self.died[-1].set()
+        self.died.append(asyncio.Event())
         self.deaths += 1
         self.ready.clear()
         for call in self._calls:
             if not call.done():
-                call.set_exception(PeerDiedError("killed"))
+                call.set_exception(PeerDiedError(why))
         await self.world.pause(self.world.restart_seconds)
         self.ready.set()
 
@@ -189,6 +197,7 @@ class SimulatedSamplers:
         bound = max((config.max_staleness + 1) * config.groups_per_step, config.eval_prompts)
         assert world.running[ref.name] <= bound or not world.count_places, "law 10: more groups than places"
         try:
+            await self.process.ready.wait()
             await self.process.work(world.rollout_seconds)
         finally:
             world.running[ref.name] -= 1
@@ -236,6 +245,11 @@ class SimulatedTrainers:
     async def drop(self, name: str) -> None:
         assert not self.stepping or name not in self.world.launches[-1], "dropped under a launch"
         self.held.pop(name, None)
+
+    async def wait_lost(self, name: str) -> str:
+        life, _ = self.held[name]
+        await self.process.died[life].wait()
+        return self.process.why(life)
 
     async def step(self, batches: Sequence[TrainBatch]) -> messages.StepResults:
         assert not self.stepping, "two launches at once"
@@ -293,7 +307,7 @@ class SimulatedTrainers:
 
     def _weights(self, ref: AdapterRef) -> Weights:
         if not self._has(ref.name):
-            raise PeerDiedError(f"{ref.name}: the trainer that held it died")
+            raise PeerDiedError(self.process.why(self.held[ref.name][0]))
         weights = self.held[ref.name][1]
         assert (weights.lineage, weights.version) == (ref.lineage, ref.version), f"{ref} is not {weights}"
         return weights
@@ -311,7 +325,7 @@ class SimulatedSync:
         assert supersedes is None or supersedes in self.world.acknowledged
         await self.trainers.process.work(0.02)  # the slab
         await self.world.pause(self.world.sync_seconds)
-        await self.samplers.wait_ready()
+        await self.samplers.process.ready.wait()
         self.world.acknowledged.add(ref)
         if supersedes is not None:
             self.world.acknowledged.discard(supersedes)

@@ -315,7 +315,8 @@ def test_a_trainers_death_is_told_at_once_to_adapters_that_wait_for_rollouts(sim
         for event in outcome.events
         if isinstance(event, PhaseChanged) and event.phase is Phase.ROLLING_BACK
     }
-    assert rolled_back["slow"] == pytest.approx(rolled_back["fast"])
+    assert rolled_back["slow"] == pytest.approx(20.2) and rolled_back["fast"] < 20.5  # who learns of it amid a sync ends that
+    assert len([event for event in outcome.events if isinstance(event, Warned)]) == 1
     assert {adapter.rollbacks for adapter in outcome.statistics.adapters.values()} == {1}
 
 
@@ -328,8 +329,60 @@ def test_a_trainers_death_ends_an_evaluation_at_once(simulation, memory_folder):
     slow = simulation.adapter_config("slow", num_steps=2, eval_prompts=400)
     outcome = simulation.simulate(world, memory_folder, [simulation.adapter_config("fast", num_steps=60), slow], beside)
     told = {event.adapter: event.time for event in outcome.events if getattr(event, "phase", "") is Phase.ROLLING_BACK}
-    assert told["slow"] == pytest.approx(told["fast"])
+    assert told["slow"] == pytest.approx(20.2)
     assert {adapter.phase for adapter in outcome.statistics.adapters.values()} == {Phase.FINISHED}
+
+
+@pytest.mark.parametrize("eval_prompts", [0, 400])
+def test_a_trainers_death_is_told_when_all_adapters_wait_and_nobody_calls_it(
+    simulation, memory_folder, monkeypatch, eval_prompts
+):
+    rollout = simulation.SimulatedSamplers.rollout
+
+    async def stuck(self, ref, prompt_index, group_size, held_out=False):
+        if ref.lineage == 0:
+            await asyncio.Event().wait()
+        return await rollout(self, ref, prompt_index, group_size, held_out)
+
+    async def beside(simulated):
+        await asyncio.sleep(20.0)
+        await simulated.trainers.process.die()
+        await asyncio.sleep(20.0)  # long after its restart: another death
+        await simulated.trainers.process.die()
+
+    monkeypatch.setattr(simulation.SimulatedSamplers, "rollout", stuck)
+    configs = [simulation.adapter_config(f"a{i}", num_steps=100, eval_prompts=eval_prompts) for i in range(3)]
+    outcome = simulation.simulate(simulation.World(random.Random(0), spread=False), memory_folder, configs, beside)
+    told = [event.time for event in outcome.events if getattr(event, "phase", "") is Phase.ROLLING_BACK]
+    assert told[:3] == [20.0] * 3
+    assert {adapter.phase for adapter in outcome.statistics.adapters.values()} == {Phase.FINISHED}
+    assert len([event for event in outcome.events if isinstance(event, Warned)]) == 2  # once a death
+
+
+def test_deaths_of_the_trainer_while_an_adapter_waits_for_its_rollouts_are_not_held_against_it(simulation, memory_folder):
+    async def beside(simulated):
+        for _ in range(8):
+            await asyncio.sleep(30.0)
+            await simulated.trainers.process.die()
+
+    world = simulation.World(random.Random(0), capacity=4, rollout_seconds=1.0, spread=False)
+    slow = simulation.adapter_config("slow", num_steps=1, batch_size=400)
+    outcome = simulation.simulate(world, memory_folder, [slow], beside)
+    assert (outcome.statistics.adapters["slow"].phase, outcome.statistics.adapters["slow"].rollbacks) == (Phase.FINISHED, 8)
+
+
+def test_a_group_is_done_again_while_another_sampler_is_still_being_restarted(simulation, memory_folder, monkeypatch):
+    async def not_whole(self):
+        await asyncio.sleep(1000.0)
+
+    async def beside(simulated):
+        await asyncio.sleep(2.5)
+        await simulated.samplers.process.die()
+
+    monkeypatch.setattr(simulation.SimulatedSamplers, "wait_ready", not_whole)
+    world = simulation.World(random.Random(0), spread=False)
+    outcome = simulation.simulate(world, memory_folder, [simulation.adapter_config("a")], beside)
+    assert outcome.statistics.time < 100.0
 
 
 def test_an_adapter_of_no_steps_is_evaluated_and_exported(simulation, memory_folder):

@@ -1,0 +1,123 @@
+"""The trainers that the pipeline awaits: pipeline/interfaces.py over processes that may die.
+
+A death: every call about an adapter that the process held raises PeerDiedError until `add` makes that adapter again, and
+`wait_lost` tells those that call nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from weft.actors.member import Member, all_ready, statistics_of, together
+from weft.configs.expand import to_mapping
+from weft.configs.schema import AdapterConfig
+from weft.transport import messages
+from weft.transport.errors import PeerDiedError
+from weft.transport.messages import AdapterRef, Saved, SlabHandle, StepResults, TrainBatch
+
+
+class _Life:
+    """One trainer's process, from its start to its death, of which every call says the same."""
+
+    def __init__(self, member: Member) -> None:
+        self.member = member
+        self._number = member.deaths + 1
+        self._why = ""
+        self._ended = asyncio.Event()
+
+    @property
+    def ended(self) -> bool:
+        """Whether anybody has noticed its death."""
+        return self._ended.is_set()
+
+    async def request(self, message: Any, deadline_s: float | None = None) -> Any:
+        """Its reply. PeerDiedError when it is dead; the first call that notices tells whoever waits."""
+        if not self.ended:
+            try:
+                return await self.member.request(message, deadline_s)
+            except PeerDiedError as error:
+                self.end(str(error))
+        raise PeerDiedError(self._why)
+
+    def end(self, why: str) -> None:
+        """It is dead, and what it held is lost."""
+        if not self.ended:
+            self._why = f"process {self._number} of {self.member.name}: {why}"
+            self._ended.set()
+
+    async def wait_end(self) -> str:
+        """Returns why it ended."""
+        await self._ended.wait()
+        return self._why
+
+
+class TrainerPool:
+    """Weights, gradients and moments of every adapter; each adapter lives in one trainer."""
+
+    def __init__(self, members: Sequence[Member], deadline_s: float) -> None:
+        self._members = members
+        self._deadline_s = deadline_s  # of making an adapter: its environment or weights
+        self._lives = {member: _Life(member) for member in members}
+        self._home: dict[str, _Life] = {}
+
+    async def wait_ready(self) -> None:
+        """Returns when every trainer runs. One that was restarted is empty: `add` and `load`."""
+        await all_ready(self._members)
+
+    async def add(self, config: AdapterConfig, lineage: int) -> None:
+        await self.wait_ready()
+        home = self._home.get(config.name)
+        if home is None or home.ended:
+            home = self._lives[min(self._members, key=self._count)]
+        await home.request(messages.AddAdapter(to_mapping(config), lineage), self._deadline_s)
+        self._home[config.name] = home
+
+    async def drop(self, name: str) -> None:
+        home = self._home.pop(name, None)
+        if home is not None:
+            with suppress(PeerDiedError):  # then it is gone already
+                await home.request(messages.DropAdapter(name), self._deadline_s)
+
+    async def wait_lost(self, name: str) -> str:
+        """Returns why the process died that has held this adapter since its newest `add`."""
+        return await self._home[name].wait_end()
+
+    async def step(self, batches: Sequence[TrainBatch]) -> StepResults:
+        shares: dict[_Life, list[TrainBatch]] = {}
+        for batch in batches:
+            shares.setdefault(self._home[batch.ref.name], []).append(batch)
+        done = await together(*(home.request(messages.TrainStep(tuple(share))) for home, share in shares.items()))
+        results = tuple(result for part in done for result in part.results)
+        return StepResults(results, max(part.seconds for part in done))
+
+    async def save(self, ref: AdapterRef, folder: str) -> Saved:
+        saved: Saved = await self._home[ref.name].request(messages.Save(ref, folder))
+        return saved
+
+    async def load(self, ref: AdapterRef, folder: str) -> None:
+        await self._home[ref.name].request(messages.Load(ref, folder))
+
+    async def export(self, ref: AdapterRef, folder: str) -> None:
+        await self._home[ref.name].request(messages.Export(ref, folder))
+
+    async def publish(self, ref: AdapterRef) -> SlabHandle:
+        """The weights of `ref`, for the relay."""
+        handle: SlabHandle = await self._home[ref.name].request(messages.Publish(ref), self._deadline_s)
+        return handle
+
+    async def statistics(self) -> list[messages.TrainerStatistics]:
+        """Of those that answer now."""
+        return await statistics_of(self._members)
+
+    async def prepare(self, member: Member) -> None:
+        """Nothing: a fresh trainer is empty until the pipeline adds to it."""
+
+    async def lost(self, member: Member) -> None:
+        self._lives[member].end(member.last_death)
+        self._lives[member] = _Life(member)
+
+    def _count(self, member: Member) -> int:
+        return sum(home is self._lives[member] for home in self._home.values())
