@@ -138,7 +138,7 @@ class Sampler:
         self._adapters.pop(name, None)
         for ref in [ref for ref in self._announced if ref.name == name]:
             del self._announced[ref]
-        await self._engine.call("slab_discard", f"{name}/")
+        await self._engine.call("slab_discard", name)
         self._leases.retire_all(name)
         await self._remove_retired()
         return Done()
@@ -162,6 +162,8 @@ class Sampler:
         while ref in self._installing:  # a relay that serves a late joiner may say it twice at once
             await self._installing[ref].wait()
         if self._leases.restore(ref):
+            if self._announced.pop(ref, None) is not None:  # the slab came again, of a version that had stayed
+                await self._engine.call("slab_discard", str(ref))
             return Done()
         message = self._announced.get(ref)
         if message is None:
@@ -254,6 +256,10 @@ class Sampler:
         config = adapter.config
         moves = config.rollout_version == "between_turns"
 
+        # A finite task asks the same prompt in each epoch: other noise each time, but the same for base and final evaluation.
+        draw = "held out" if message.held_out else message.ref.version
+        source = (config.sampling.seed, config.name, message.prompt_index, draw)
+
         async def generate(tokens: Sequence[int], ref: AdapterRef, max_tokens: int, seed: int) -> Turn:
             assert lease.version.ref == ref, "a turn samples under the version it leases"
             try:
@@ -271,7 +277,7 @@ class Sampler:
             generate,
             Bounds(config.environment.max_turns, config.sampling.max_tokens, self._config.max_model_len),
             version=lambda: self._leases.renew(lease) if moves else lease.version.ref,
-            seed=lambda turn: seed_of(config.sampling.seed, config.name, message.prompt_index, sample, message.held_out, turn),
+            seed=lambda turn: seed_of(*source, sample, turn),
         )
 
     def _check_length(self, name: str, index: int, tokens: Sequence[int]) -> None:

@@ -151,8 +151,8 @@ class SamplerExtension:
         return INSTALLED
 
     def slab_discard(self, prefix: str) -> None:
-        """Forget slabs that were announced and not installed, of keys that begin with `prefix`."""
-        for key in [key for key in self.weft_arrivals if key.startswith(prefix)]:
+        """Forget announced slabs that are not installed: of the key `prefix`, and of all below it (name/lineage/version)."""
+        for key in [key for key in self.weft_arrivals if f"{key}/".startswith(f"{prefix}/")]:
             del self.weft_arrivals[key]
 
     def slab_remove(self, lora_id: int) -> None:

@@ -329,6 +329,23 @@ def test_the_same_seed_gives_the_same_tokens_and_siblings_differ(bench: Bench) -
     assert len({tuple(s.tokens.tolist()) for s in first.samples + other.samples}) == 8
 
 
+def test_a_prompt_that_comes_again_is_drawn_anew_and_a_held_out_one_is_not(bench: Bench) -> None:
+    """The same weights as two versions: what differs is the noise alone."""
+
+    async def law() -> list[Group]:
+        ref = await bench.adapter()
+        later = dataclasses.replace(ref, version=2)
+        await bench.publish(dataclasses.replace(bench.reference.slabs[ref], ref=later))
+        asked = [Rollout(which, 0, 2, held_out) for held_out in (False, True) for which in (ref, later)]
+        return [await bench.sampler.handle(message) for message in asked]  # type: ignore[misc]
+
+    first, again, held_out, held_out_again = (
+        [sample.tokens.tolist() for sample in group.samples] for group in bench.run(law())
+    )
+    assert first != again
+    assert held_out == held_out_again
+
+
 def test_a_pinned_rollout_keeps_its_version_while_others_are_installed_and_its_own_is_retired(bench: Bench) -> None:
     arrived, go = bench.gate("pinned")
 
