@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/weft adapters=demo run.dir=outputs/demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # The benchmarks in small: that they run and write what they should; their figures mean nothing.
 smoke: $(READY)
