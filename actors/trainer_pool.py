@@ -7,11 +7,11 @@ A death: every call about an adapter that the process held raises PeerDiedError 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from weft.actors.member import Member, all_ready, statistics_of, together
+from weft.actors.member import Member, all_ready, statistics_of
 from weft.configs.expand import to_mapping
 from weft.configs.schema import AdapterConfig
 from weft.transport import messages
@@ -63,6 +63,15 @@ class TrainerPool:
         self._lives = {member: _Life(member) for member in members}
         self._home: dict[str, _Life] = {}
 
+    @property
+    def capacity(self) -> int:
+        """Launches that run at once: one on each trainer."""
+        return len(self._members)
+
+    def place(self, name: str) -> Hashable:
+        """The process that has held this adapter since its newest `add`, dead or alive."""
+        return self._home[name]
+
     async def wait_ready(self) -> None:
         """Returns when every trainer runs. One that was restarted is empty: `add` and `load`."""
         await all_ready(self._members)
@@ -86,12 +95,10 @@ class TrainerPool:
         return await self._home[name].wait_end()
 
     async def step(self, batches: Sequence[TrainBatch]) -> StepResults:
-        shares: dict[_Life, list[TrainBatch]] = {}
-        for batch in batches:
-            shares.setdefault(self._home[batch.ref.name], []).append(batch)
-        done = await together(*(home.request(messages.TrainStep(tuple(share))) for home, share in shares.items()))
-        results = tuple(result for part in done for result in part.results)
-        return StepResults(results, max(part.seconds for part in done))
+        """One launch of adapters that have one place."""
+        (home,) = {self._home[batch.ref.name] for batch in batches}
+        results: StepResults = await home.request(messages.TrainStep(tuple(batches)))
+        return results
 
     async def save(self, ref: AdapterRef, folder: str) -> Saved:
         saved: Saved = await self._home[ref.name].request(messages.Save(ref, folder))

@@ -13,7 +13,7 @@ AdapterFault is one adapter's own fault and ends that adapter alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,7 +39,14 @@ class Samplers(Protocol):
 
 
 class Trainers(Protocol):
-    """Weights, gradients and moments of every adapter."""
+    """Weights, gradients and moments of every adapter; each adapter lives in one trainer."""
+
+    @property
+    def capacity(self) -> int:
+        """Launches that run at once: one on each trainer."""
+
+    def place(self, name: str) -> Hashable:
+        """The process that has held this adapter since its newest `add`, dead or alive."""
 
     async def wait_ready(self) -> None: ...
 
@@ -52,7 +59,7 @@ class Trainers(Protocol):
         """Returns why the process died that has held this adapter since its newest `add`: at once, if it is dead."""
 
     async def step(self, batches: Sequence[TrainBatch]) -> StepResults:
-        """One fused forward and backward over all batches, then one optimizer step each."""
+        """One fused forward and backward over all batches, whose adapters have one place; then one optimizer step each."""
 
     async def save(self, ref: AdapterRef, folder: str) -> Saved: ...
 

@@ -8,13 +8,12 @@
     _live           its trainer, after that died                   the pool, which restarts it
     _watch          the death of its trainer                       the pool, or the end of the lineage
     _train          the oldest groups                              _rollout; or whoever interrupts: leave, a death, a fault
-                    its place in a trainer launch, and the launch  StepScheduler, when the launch before it ends
+                    its place in a trainer launch, and the launch  StepScheduler, when that of its trainer ends
                     every sampler to install the version           the parameter sync
     _sample         a place of the gate                            _train, after the install
     _rollout        places on the samplers, in fair shares         any _rollout that ends
-                    the other suspects, after several deaths       the suspect that runs, when it ends
-                    all samplers to be ready, likewise             the pool, which restarts them
-                    any sampler to be ready                        the pool
+                    a sampler that is ready; after several         the pool, which restarts them
+                    deaths all of them, and the other suspects     and the suspect that runs, when it ends
 
 A fault of one adapter (its reward raises, its loss is not finite) and the death of a trainer interrupt `_train` only where it
 waits for groups, and an evaluation: a trainer launch or a sync that has begun is never cancelled under the other adapters that

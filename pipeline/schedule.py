@@ -1,7 +1,7 @@
-"""Who goes next: a fair share of the samplers, and one trainer launch for all adapters that are ready.
+"""Who goes next: a fair share of the samplers, and one launch on each trainer for all its adapters that are ready.
 
 FairShare       an adapter's group waits here for places on the samplers; whoever ends a group frees them.
-StepScheduler   an adapter's batch waits here for the launch that is running; its end starts the next with all that gathered.
+StepScheduler   an adapter's batch waits here for the launch that its trainer runs; its end starts the next with all.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import bisect
 import itertools
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -143,17 +143,18 @@ class Stepped:
 @dataclass(eq=False)
 class _Submission:
     batch: TrainBatch
+    place: Hashable
     on_launch: Callable[[], None]
     submitted: float
     stepped: asyncio.Future[Stepped] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class StepScheduler:
-    """One trainer launch at a time, shared by the adapters that are ready.
+    """One launch at a time on each trainer, shared by its adapters that are ready.
 
     A launch takes the batch that has waited longest, whatever its size, then in order of age every one that still fits into the
     token budget. Each launch takes the oldest, so none starves: a batch waits for at most as many launches as were ahead of it.
-    A death of the trainer fails the launch and all that wait: their adapters are gone with it.
+    A death of a trainer fails its launch and all that wait for it: their adapters are gone with it. Those of others go on.
     """
 
     def __init__(
@@ -171,18 +172,19 @@ class StepScheduler:
         self._on_end = on_end
         self._meter = LoadMeter(clock)
         self._pending: list[_Submission] = []
-        self._launching = False
+        self._launching: set[Hashable] = set()  # places
 
     async def submit(self, batch: TrainBatch, on_launch: Callable[[], None] = lambda: None) -> Stepped:
         """One optimizer step of one adapter; waits for its launch. Raises what the trainer raises.
 
         `on_launch` is called when its launch begins. To cancel a batch that is launched does not stop the launch.
         """
-        submission = _Submission(batch, on_launch, self._clock())
+        place = self._trainers.place(batch.ref.name)
+        submission = _Submission(batch, place, on_launch, self._clock())
         self._pending.append(submission)
-        if not self._launching:
-            self._launching = True
-            self._tasks.create_task(self._launch())
+        if place not in self._launching:
+            self._launching.add(place)
+            self._tasks.create_task(self._launch(place))
         try:
             return await submission.stepped
         finally:
@@ -190,24 +192,30 @@ class StepScheduler:
                 self._pending.remove(submission)
 
     def statistics(self) -> PoolStatistics:
-        """The trainer, in launches."""
-        return self._meter.statistics(1, len(self._pending))
+        """The trainers, in launches."""
+        return self._meter.statistics(self._trainers.capacity, len(self._pending))
 
-    async def _launch(self) -> None:
-        """Launch until nobody waits. Begins a turn of the loop after the first submission, so all that come at once share."""
+    async def _launch(self, place: Hashable) -> None:
+        """Launch on one trainer until nobody waits for it.
+
+        Begins a turn of the loop after the first submission, so all that come at once share.
+        """
         try:
-            while self._pending:
-                chosen = self._choose()
+            while waiting := self._waiting(place):
+                chosen = self._choose(waiting)
                 for submission in chosen:
                     self._pending.remove(submission)
                     submission.on_launch()
                 await self._step(chosen)
         finally:
-            self._launching = False
+            self._launching.discard(place)
 
-    def _choose(self) -> list[_Submission]:
-        chosen, tokens = self._pending[:1], len(self._pending[0].batch.tokens)
-        for submission in self._pending[1:]:
+    def _waiting(self, place: Hashable) -> list[_Submission]:
+        return [submission for submission in self._pending if submission.place == place]
+
+    def _choose(self, waiting: list[_Submission]) -> list[_Submission]:
+        chosen, tokens = waiting[:1], len(waiting[0].batch.tokens)
+        for submission in waiting[1:]:
             if tokens + len(submission.batch.tokens) <= self._token_budget:
                 chosen.append(submission)
                 tokens += len(submission.batch.tokens)
@@ -215,18 +223,18 @@ class StepScheduler:
 
     async def _step(self, chosen: list[_Submission]) -> None:
         began = self._clock()
-        self._meter.change(1, 1)
+        self._meter.change(1, self._trainers.capacity)
         try:
             results = await self._trainers.step([submission.batch for submission in chosen])
         except Exception as error:  # noqa: BLE001 nothing is swallowed: it is raised again in every adapter that waits for this launch
-            lost = [*chosen, *self._pending] if isinstance(error, PeerDiedError) else chosen
+            lost = [*chosen, *self._waiting(chosen[0].place)] if isinstance(error, PeerDiedError) else chosen
             for submission in lost:
                 if not submission.stepped.done():
                     submission.stepped.set_exception(error)
             self._pending = [submission for submission in self._pending if submission not in lost]
             return
         finally:
-            self._meter.change(-1, 1)
+            self._meter.change(-1, self._trainers.capacity)
         seconds = self._clock() - began
         by_name = {result.ref.name: result for result in results.results}
         for submission in chosen:

@@ -234,6 +234,13 @@ class SimulatedTrainers:
         self.held: dict[str, tuple[int, Weights]] = {}  # with the life of the process in which it was added
         self.stepping = False
 
+    @property
+    def capacity(self) -> int:
+        return 1
+
+    def place(self, name: str) -> int:
+        return self.held[name][0]
+
     async def wait_ready(self) -> None:
         await self.process.ready.wait()
 
@@ -252,9 +259,10 @@ class SimulatedTrainers:
         return self.process.why(life)
 
     async def step(self, batches: Sequence[TrainBatch]) -> messages.StepResults:
-        assert not self.stepping, "two launches at once"
+        assert len({self.place(batch.ref.name) for batch in batches}) == 1, "a launch on two processes"
         for batch in batches:
             self._weights(batch.ref)
+        assert not self.stepping, "two launches at once"
         self.stepping = True
         self.world.launches.append(tuple(batch.ref.name for batch in batches))
         try:

@@ -20,20 +20,27 @@ def batch(name, tokens):
 
 
 class Trainer:
-    """Takes a second a launch."""
+    """Takes a second a launch, or `seconds` of its place, which is what a name has before its colon."""
 
-    def __init__(self, dies_at=()):
+    def __init__(self, dies_at=(), seconds=None):
         self.launches = []
-        self.running = False
+        self.running = set()
         self.dies_at = dies_at
+        self.seconds = seconds or {}
+        self.capacity = max(1, len(self.seconds))
+
+    def place(self, name):
+        return name.rpartition(":")[0]
 
     async def step(self, batches):
-        assert not self.running, "one launch at a time"
-        self.running = True
+        (place,) = {self.place(item.ref.name) for item in batches}
+        assert place not in self.running, "one launch at a time"
+        self.running.add(place)
         self.launches.append([item.ref.name for item in batches])
-        await asyncio.sleep(1.0)
-        self.running = False
-        if len(self.launches) in self.dies_at:
+        number = len(self.launches)
+        await asyncio.sleep(self.seconds.get(place, 1.0))
+        self.running.discard(place)
+        if number in self.dies_at:
             raise PeerDiedError("killed")
         return StepResults(tuple(StepResult(item.ref, len(item.tokens), {}) for item in batches), 1.0)
 
@@ -113,6 +120,18 @@ def test_a_batch_that_is_cancelled_does_not_go_to_the_trainer(simulation):
 
     simulation.run_virtual(main)
     assert trainer.launches == [["a"]]
+
+
+def test_trainers_launch_apart_and_ones_death_is_not_the_others(simulation):
+    submissions = [(0.0, "slow:a", 5), (0.0, "fast:b", 5), (0.5, "slow:c", 5), (1.1, "fast:d", 5), (2.2, "fast:e", 5)]
+    trainer, done = scheduled(simulation, submissions, 100, Trainer(seconds={"slow": 10.0, "fast": 1.0}))
+    assert trainer.launches == [["slow:a"], ["fast:b"], ["fast:d"], ["fast:e"], ["slow:c"]]
+    assert {name: time for name, (_, time) in done.items()} == pytest.approx(
+        {"slow:a": 10.0, "fast:b": 1.0, "fast:d": 2.1, "fast:e": 3.2, "slow:c": 20.0}
+    )
+    submissions = [(0.0, "x:a", 5), (0.1, "y:b", 5), (0.2, "x:c", 5), (0.3, "y:d", 5)]
+    trainer, done = scheduled(simulation, submissions, 100, Trainer(dies_at=(2,), seconds={"x": 5.0, "y": 1.0}))
+    assert {name for name, (result, _) in done.items() if isinstance(result, PeerDiedError)} == {"y:b", "y:d"}
 
 
 async def sample(share, name, size, seconds, order, running, ticket=None):
