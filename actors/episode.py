@@ -158,11 +158,17 @@ async def run_episode(
 
 
 async def _reply(environment: Environment, prompt: Prompt, turns: Sequence[ChatMessage], deadline_s: float) -> Reply:
+    task = asyncio.current_task()
+    assert task is not None
     try:
         async with asyncio.timeout(deadline_s):
             reply = await environment.respond(prompt, turns)
     except TimeoutError as error:  # ours says nothing, the environment's own may
         raise TimeoutError(str(error) or f"no reply within {deadline_s:g} s") from error
+    except asyncio.CancelledError as error:
+        if task.cancelling():  # the rollout is given up
+            raise
+        raise RuntimeError("respond was cancelled from within: something that it awaits was") from error
     if not isinstance(reply, Reply):
         raise TypeError(f"respond returned {type(reply).__name__}: must be a Reply")
     if not math.isfinite(reply.reward):
@@ -177,7 +183,7 @@ def blamed_on(name: str, what: str) -> Iterator[None]:
         yield
     except AdapterFault:
         raise
-    except Exception as error:  # a user's code may raise anything
+    except (Exception, SystemExit) as error:  # a user's code may raise anything; sys.exit would end the sampler's event loop
         kind = type(error).__name__
         raise AdapterFault(f"{name}: {what} raised {kind}: {error}", kind, traceback.format_exc()) from error
 

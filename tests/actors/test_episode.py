@@ -63,7 +63,7 @@ class Scripted:
 
     num_prompts = None
 
-    def __init__(self, *replies: Reply | Exception) -> None:
+    def __init__(self, *replies: Reply | BaseException) -> None:
         self.replies = list(replies)
         self.seen: list[Sequence[Any]] = []
 
@@ -73,7 +73,7 @@ class Scripted:
     async def respond(self, prompt: Prompt, turns: Sequence[Any]) -> Reply:
         self.seen.append(turns)
         reply = self.replies[len(self.seen) - 1]
-        if isinstance(reply, Exception):
+        if isinstance(reply, BaseException):
             raise reply
         return reply
 
@@ -209,11 +209,27 @@ def test_an_episode_ends_with_its_turns(tokenizer: Any) -> None:
     assert sample.versions[-1] == 3
 
 
-@pytest.mark.parametrize("fault", [RuntimeError("no oven"), Reply(done=True, reward=float("nan")), "a string"])
+@pytest.mark.parametrize(
+    "fault",
+    [RuntimeError("no oven"), Reply(done=True, reward=float("nan")), "a string", SystemExit(3), asyncio.CancelledError()],
+)
 def test_an_environments_fault_is_its_adapters_alone(tokenizer: Any, fault: Any) -> None:
     with pytest.raises(AdapterFault, match="riddles: its environment's respond raised") as caught:
         play(tokenizer, Scripted(fault), Speaker(tokenizer, "a"))
     assert "Traceback" in caught.value.traceback
+
+
+def test_a_rollout_that_is_given_up_is_no_fault_of_its_environment(tokenizer: Any) -> None:
+    class Slow(Scripted):
+        async def respond(self, prompt: Prompt, turns: Sequence[Any]) -> Reply:
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()  # as the rollout's task is, from without
+            await asyncio.sleep(0)
+            return Reply()
+
+    with pytest.raises(asyncio.CancelledError):
+        play(tokenizer, Slow(), Speaker(tokenizer, "a"))
 
 
 def test_an_environment_that_never_replies_is_its_adapters_fault(tokenizer: Any) -> None:
