@@ -49,12 +49,22 @@ WIDTH = 120
 SUMMARY_FILE, CONFIG_FILE = "summary.json", "config.yaml"
 
 
+class _Output(Console):
+    """Standard output. A reader that goes away (weft ... | head) ends the run in order, and stderr says so."""
+
+    def on_broken_pipe(self) -> None:
+        try:
+            super().on_broken_pipe()  # which writes no more
+        except SystemExit:
+            raise WeftError("whoever read the output has closed it") from None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    console = Console()
+    console: Console = _Output()
     if not console.is_terminal:
-        console = Console(width=WIDTH)  # a pipe or a file has none of its own
+        console = _Output(width=WIDTH)  # a pipe or a file has none of its own
     try:
         options, overrides = _parse(arguments)
         if "help" in options:

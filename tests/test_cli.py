@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -145,6 +146,18 @@ def test_a_finished_run_says_so_and_how_to_start_afresh(tmp_path: Path, capsys: 
     assert "this run has finished" in said
     assert "out/summary.json" in said
     assert "run.fresh=true" in said
+
+
+def test_a_reader_that_goes_away_is_told_of_on_stderr(tmp_path: Path) -> None:
+    (config,) = expand(compose([])).adapters
+    a_run(tmp_path / "out", config, finished=True)
+    reader, writer = os.pipe()
+    os.close(reader)
+    weft = [Path(sys.executable).with_name("weft"), "run.dir=out"]
+    done = subprocess.run(weft, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 1
+    assert done.stderr.startswith("weft: whoever read the output has closed it\n")
 
 
 def test_a_run_under_other_settings_is_not_resumed_by_mistake(tmp_path: Path, capsys: Output) -> None:
