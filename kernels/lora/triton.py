@@ -150,6 +150,8 @@ def expand(low: Tensor, tables: Tables, group: Group, kind: str, bias: Tensor | 
         out[start:stop] = 0 if bias is None else bias
     block_t, block_o, span = EXPAND["BLOCK_T"], EXPAND["BLOCK_O"], EXPAND["SPAN"]
     for own in tables.classes:
+        held = own.block * (1 if forward else parts) * low.element_size()  # bytes of a column of what a program holds
+        settings = EXPAND | ({"num_stages": 1} if held > 2 * 3 * 32 else {})
         wide = max(group.widths) if forward else width
         even = all(size % block_o == 0 for size in (group.widths if forward else (width,)))
         grid = (triton.cdiv(wide, block_o * span), parts if forward else 1, len(own.tiles) * (TILE // block_t))
@@ -158,7 +160,7 @@ def expand(low: Tensor, tables: Tables, group: Group, kind: str, bias: Tensor | 
             group.first["columns"], tables.adapters, low.stride(0), width,
             PARTS=1 if forward else parts, TRANSPOSED=forward, BIAS=bias is not None, ALIGN=group.align,
             STEP=group.align // low.element_size(), EVEN=even, PRECISION=_precision(low), SPLIT=TILE // block_t,
-            BLOCK_R=own.block, **EXPAND,
+            BLOCK_R=own.block, **settings,
         )  # fmt: skip
     return out
 
