@@ -21,7 +21,7 @@ from weft.actors.trainer_pool import TrainerPool
 from weft.configs.expand import to_mapping
 from weft.configs.schema import AdapterConfig
 from weft.transport import messages
-from weft.transport.errors import PeerDiedError, RemoteError, WeftError
+from weft.transport.errors import AdapterFault, PeerDiedError, RemoteError, WeftError
 from weft.transport.messages import AdapterRef, Distributed, Group, SlabHandle
 
 ENGINE_LOST = "EngineLostError"  # of sampler_engine.py: the sampler's process lives, and can do nothing any more
@@ -182,12 +182,16 @@ class ParamSyncPool:
 class SamplerPool:
     """Rollouts of any installed version, each on the sampler with the fewest sequences in flight."""
 
-    def __init__(self, members: Sequence[Member], sync: ParamSyncPool, max_num_seqs: int, deadline_s: float) -> None:
+    def __init__(
+        self, members: Sequence[Member], sync: ParamSyncPool, max_num_seqs: int, max_live_versions: int, deadline_s: float
+    ) -> None:
         self._members = members
         self._sync = sync
         self._max_num_seqs = max_num_seqs
+        self._max_live_versions = max_live_versions
         self._deadline_s = deadline_s
         self._adapters: dict[str, messages.AddAdapter] = {}
+        self._places: dict[str, int] = {}  # in each engine, of the adapters that are here
         self._in_flight = dict.fromkeys(members, 0)
 
     @property
@@ -200,7 +204,12 @@ class SamplerPool:
         await all_ready(self._members)
 
     async def add(self, config: AdapterConfig, lineage: int) -> int | None:
-        """Build the adapter's environment on every sampler; returns its number of training prompts, None if endless."""
+        """Build the adapter's environment on every sampler; returns its number of training prompts, None if endless.
+
+        Raises AdapterFault when the engines have no places left for its versions: later it would be found by whichever adapter
+        published next.
+        """
+        self._take_places(config)
         message = self._adapters[config.name] = messages.AddAdapter(to_mapping(config), lineage)
         try:
             while True:
@@ -211,6 +220,7 @@ class SamplerPool:
                     return num_prompts
         except WeftError:
             self._adapters.pop(config.name, None)
+            self._places.pop(config.name, None)
             raise
 
     async def drop(self, name: str) -> None:
@@ -219,6 +229,7 @@ class SamplerPool:
         for member in self._members:
             with suppress(PeerDiedError):  # the next process never hears of it
                 await self._ask(member, messages.DropAdapter(name), self._deadline_s)
+        self._places.pop(name, None)
 
     async def rollout(self, ref: AdapterRef, prompt_index: int, group_size: int, held_out: bool = False) -> Group:
         """Waits until one sampler is ready, whichever.
@@ -248,6 +259,17 @@ class SamplerPool:
 
     async def lost(self, member: Member) -> None:
         await self._sync.leave(self._members.index(member))
+
+    def _take_places(self, config: AdapterConfig) -> None:
+        others = sum(places for name, places in self._places.items() if name != config.name)
+        if others + config.live_versions > self._max_live_versions:
+            raise AdapterFault(
+                f"{config.name}: max_staleness={config.max_staleness} takes {config.live_versions} places for versions in each "
+                f"sampler (max_staleness + 2), and {max(self._max_live_versions - others, 0)} are free: "
+                f"{others} of {self._max_live_versions} are the other adapters', and a running engine gets no more",
+                "ValueError",
+            )
+        self._places[config.name] = config.live_versions
 
     async def _ask(self, member: Member, message: Any, deadline_s: float | None = None) -> Any:
         """A sampler without its engine is a dead one, from the moment when it says so."""

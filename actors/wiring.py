@@ -69,7 +69,8 @@ async def open_pools(
     relay = member("param-sync", PARAM_SYNC, param_sync_arguments(config), 0, {})
     trainer_pool = TrainerPool(trainers, cluster.start_deadline_s)
     sync_pool = ParamSyncPool(relay, trainer_pool, cluster.sync.deadline_s)
-    sampler_pool = SamplerPool(samplers, sync_pool, cluster.sampler.max_num_seqs, cluster.start_deadline_s)
+    places = max_live_versions(config)
+    sampler_pool = SamplerPool(samplers, sync_pool, cluster.sampler.max_num_seqs, places, cluster.start_deadline_s)
     pools: list[tuple[_Pool, list[Member]]] = [(sampler_pool, samplers), (trainer_pool, trainers), (sync_pool, [relay])]
     async with asyncio.TaskGroup() as tasks:
         kept = [
@@ -90,6 +91,11 @@ class _Pool(Protocol):
     async def lost(self, member: Member) -> None: ...
 
 
+def max_live_versions(config: Config) -> int:
+    """Places for versions in each engine, fixed when it starts: sum over the adapters of `live_versions`."""
+    return sum(adapter.live_versions for adapter in config.adapters)
+
+
 def sampler_arguments(config: Config, index: int) -> dict[str, Any]:
     """Of weft.actors.sampler.Sampler."""
     sampler = config.cluster.sampler
@@ -100,7 +106,7 @@ def sampler_arguments(config: Config, index: int) -> dict[str, Any]:
         "index": index,
         "device": "cuda" if config.cluster.gpus_per_sampler else "cpu",
         "max_lora_rank": max_lora_rank(config),
-        "max_live_versions": sum(adapter.max_staleness + 2 for adapter in config.adapters),
+        "max_live_versions": max_live_versions(config),
     }
 
 

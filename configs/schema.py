@@ -185,6 +185,11 @@ class AdapterConfig:
         """batch_size / group_size: the P of the staleness proof."""
         return self.batch_size // self.group_size
 
+    @property
+    def live_versions(self) -> int:
+        """max_staleness + 2: those that its rollouts may still lease, and the next one while it is being installed."""
+        return self.max_staleness + 2
+
 
 @dataclass(frozen=True)
 class ModelConfig:

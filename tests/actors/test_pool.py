@@ -23,6 +23,7 @@ from weft.transport.memory import Client, Server
 from weft.transport.messages import AdapterRef
 
 PIDS = itertools.count(1000)
+PLACES = 12  # for versions in each engine: four adapters of max_staleness 1
 
 
 class StandIn:
@@ -208,7 +209,7 @@ class Pools:
         self.relay_member = world.member("relay", Relay)
         self.trainers = TrainerPool([self.trainer_member], 5)
         self.sync = ParamSyncPool(self.relay_member, self.trainers, 5)
-        self.samplers = SamplerPool(self.sampler_members, self.sync, 16, 5)
+        self.samplers = SamplerPool(self.sampler_members, self.sync, 16, PLACES, 5)
 
     def keep(self, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
         pools: list[tuple[Any, Member]] = [(self.samplers, member) for member in self.sampler_members]
@@ -695,6 +696,26 @@ def test_a_sampler_that_comes_while_a_version_is_on_its_way_does_not_miss_it() -
                 await publishing
             await pools.samplers.wait_ready()
             assert world.now("sampler-0").actor.installed == {"a": newer}
+
+    asyncio.run(law())
+
+
+def test_an_adapter_without_places_in_the_engines_is_refused_by_its_own_fault_and_the_others_never_notice() -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            refs = [await pools.add(name) for name in ("a", "b", "c")]
+            await pools.samplers.add(AdapterConfig("a", max_staleness=1), 1)  # a new lineage takes no second places
+            with pytest.raises(AdapterFault) as refusal:
+                await pools.samplers.add(AdapterConfig("d", max_staleness=2), 0)
+            assert "max_staleness=2 takes 4 places" in str(refusal.value)
+            assert "3 are free: 9 of 12" in str(refusal.value)
+            assert "d" not in world.now("sampler-0").actor.told
+            assert await pools.samplers.add(AdapterConfig("d", max_staleness=1), 0) == 7
+            with pytest.raises(AdapterFault):
+                await pools.samplers.add(AdapterConfig("e", max_staleness=0), 0)
+            await pools.samplers.drop("b")
+            assert await pools.samplers.add(AdapterConfig("e", max_staleness=0), 0) == 7
+            assert (await pools.samplers.rollout(refs[0], 0, 1)).ref == refs[0]
 
     asyncio.run(law())
 
