@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -27,13 +28,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import psutil
-
+from weft.actors import process_tree
 from weft.actors.preflight import gpu_message
 from weft.configs.build import SettingError
 from weft.configs.schema import ClusterConfig
 from weft.transport.channel import Server
-from weft.transport.errors import StartError
+from weft.transport.errors import PeerDiedError, StartError
 
 HOST = "127.0.0.1"
 RAY_ENVIRONMENT = {
@@ -45,6 +45,8 @@ RAY_ENVIRONMENT = {
 }
 ACTOR_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
 STOP_DEADLINE_S = 20.0
+RAY_SERVERS = ("raylet", "gcs_server")  # without either of them Ray starts, ends and watches nothing, and says so minutes later
+WATCH_S = 0.25
 PROCESSES_FILE = "processes.jsonl"
 COUNTERS = ("weft_tokens_sampled", "weft_tokens_trained")
 HISTOGRAMS = "weft_time_"
@@ -95,40 +97,59 @@ class Process:
         self.endpoint = endpoint
         self.pid = pid
         self._handle = handle
-        self._life: asyncio.Future[None] = asyncio.wrap_future(handle.run.remote().future())
-        self._life.add_done_callback(lambda life: life.cancelled() or life.exception())  # awaited or not, it is no news
+        self._lost = False
+        self._death: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        asyncio.wrap_future(handle.run.remote().future()).add_done_callback(self._note_end)
 
     async def wait_death(self) -> str:
         """Wait for the end of the process; returns why, in one line."""
-        from ray.exceptions import RayActorError, RayError
-
-        try:
-            await asyncio.shield(self._life)
-        except RayActorError:  # what Ray says here fits every death
-            return f"{self.name} (pid {self.pid}) was killed or crashed"
-        except RayError as error:
-            return f"{self.name} (pid {self.pid}) ended: {_cause(error).splitlines()[-1].lstrip(' +-|')}"
-        return f"{self.name} (pid {self.pid}) closed"
+        return await asyncio.shield(self._death)
 
     async def stop(self) -> None:
         """End the actor in order, and the process in any case."""
         import ray
         from ray.exceptions import RayError
 
-        with contextlib.suppress(RayError, TimeoutError):
-            async with asyncio.timeout(STOP_DEADLINE_S):
-                await asyncio.wrap_future(self._handle.close.remote().future())
-        with contextlib.suppress(RayError):
-            ray.kill(self._handle)
+        if not self._death.done():
+            closing = asyncio.wrap_future(self._handle.close.remote().future())
+            closing.add_done_callback(_heard)
+            await asyncio.wait((closing, self._death), timeout=STOP_DEADLINE_S, return_when=asyncio.FIRST_COMPLETED)
+        if not self._lost:
+            with contextlib.suppress(RayError):
+                ray.kill(self._handle)
         await self.wait_death()
-        await asyncio.to_thread(_wait_gone, self.pid)
+        # The next process needs the GPU memory that this one holds until the kernel has taken it away.
+        await asyncio.to_thread(process_tree.wait_gone, self.pid, STOP_DEADLINE_S)
+
+    def lose(self, why: str) -> None:
+        """End it without Ray, which is no more."""
+        if not self._death.done():
+            self._lost = True
+            process_tree.kill(self.pid)
+            self._end(f"{self.name} (pid {self.pid}) ended: {why}")
+
+    def _note_end(self, run: asyncio.Future[None]) -> None:
+        from ray.exceptions import RayActorError
+
+        error = None if run.cancelled() else run.exception()
+        if isinstance(error, RayActorError):  # what Ray says here fits every death
+            self._end(f"{self.name} (pid {self.pid}) was killed or crashed")
+        elif error is not None:
+            self._end(f"{self.name} (pid {self.pid}) ended: {_cause(error).splitlines()[-1].lstrip(' +-|')}")
+        else:
+            self._end(f"{self.name} (pid {self.pid}) closed")
+
+    def _end(self, why: str) -> None:
+        if not self._death.done():
+            self._death.set_result(why)
 
 
 class Cluster:
     """Ray for one run, as an async context manager; at its exit nothing of the run is left: no process, no shared memory.
 
     `folder` is the output folder: its path names the run, so that a run started again finds and removes what a killed one left.
-    Raises SettingError when the cluster has fewer GPUs than the pools ask for, StartError when Ray itself does not start.
+    Raises SettingError when the cluster has fewer GPUs than the pools ask for, StartError when Ray itself does not start; ends
+    the block with PeerDiedError, in an ExceptionGroup, as soon as a process of Ray's own has died.
     """
 
     def __init__(self, config: ClusterConfig, folder: str, dashboard: bool = True) -> None:
@@ -141,6 +162,9 @@ class Cluster:
         self.log_folder = self._folder / "logs"
         self.dashboard = ""
         self._names: dict[str, str] = {}  # of the processes that were started, by pid
+        self._processes: list[Process] = []
+        self._families = process_tree.Families()  # all that has to be gone at the end
+        self._watching = asyncio.TaskGroup()
         # Unix sockets have paths of at most 107 bytes, and Ray puts 60 of its own behind this one.
         self._ray_folder = Path(tempfile.gettempdir()) / f"weft-ray-{self.run_id}"
 
@@ -154,12 +178,18 @@ class Cluster:
         except BaseException:
             self._stop_ray()
             raise
+        await self._watching.__aenter__()
+        self._watch_task = self._watching.create_task(self._watch())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop_ray()
+        self._watch_task.cancel()
+        try:
+            await self._watching.__aexit__(kind, error, trace)
+        finally:
+            self._stop_ray()
 
     async def start(
         self, name: str, target: str, arguments: Mapping[str, Any], gpus: int = 0, environment: Mapping[str, str] | None = None
@@ -192,11 +222,23 @@ class Cluster:
             ray.kill(handle)
             raise
         self._note(name, endpoint, pid)
-        return Process(name, handle, endpoint, pid)
+        process = Process(name, handle, endpoint, pid)
+        self._processes.append(process)
+        return process
+
+    async def _watch(self) -> None:
+        servers = process_tree.named(process_tree.children_of_this(self._ray_folder), RAY_SERVERS)
+        while not (dead := [server for server in servers if not process_tree.runs(server)]):  # noqa: ASYNC110  it wakes nobody
+            await asyncio.sleep(WATCH_S)
+        why = f"Ray's {' or '.join(RAY_SERVERS)} (pid {dead[0].pid}) was killed or crashed"
+        for process in self._processes:
+            process.lose(why)
+        raise PeerDiedError(why)
 
     def _note(self, name: str, endpoint: str, pid: int) -> None:
         """One line a started process: which pid is which, and how often it had to be started."""
         self._names[str(pid)] = name
+        self._families.note(pid)
         self._folder.mkdir(parents=True, exist_ok=True)
         with (self._folder / PROCESSES_FILE).open("a") as file:
             file.write(json.dumps({"time": time.time(), "name": name, "pid": pid, "endpoint": endpoint}) + "\n")
@@ -214,7 +256,8 @@ class Cluster:
                 raise StartError(f"Ray did not start: {again}") from again
 
     def _init_ray(self) -> None:
-        with _variables(RAY_ENVIRONMENT):
+        # A terminal that closes tells this process's group, which Ray's servers are in: they live until this one ends them.
+        with _variables(RAY_ENVIRONMENT), _blocked(signal.SIGHUP):
             import ray
 
             context = ray.init(
@@ -244,12 +287,11 @@ class Cluster:
     def _stop_ray(self) -> None:
         import ray
 
-        processes = _descendants(self._ray_folder)
+        for server in process_tree.children_of_this(self._ray_folder):
+            self._families.note(server.pid)
+        self._families.note_all()
         ray.shutdown()
-        _, alive = psutil.wait_procs(processes, timeout=5)
-        for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        self._families.end()
         self._keep_logs()
         self._remove_leftovers()
 
@@ -319,20 +361,20 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _descendants(folder: Path) -> list[psutil.Process]:
-    """Ray's processes that this one started in `folder`, their workers, and what the workers started."""
-    found: set[psutil.Process] = set()
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
-            if str(folder) in " ".join(child.cmdline()):
-                found.update([child, *child.children(recursive=True)])
-    return list(found)
+@contextlib.contextmanager
+def _blocked(signal_: signal.Signals) -> Iterator[None]:
+    """Whatever is started here never gets the signal; this process gets it at the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal_})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _wait_gone(pid: int) -> None:
-    """The next process needs the GPU memory that this one holds until the kernel has taken it away."""
-    with contextlib.suppress(psutil.Error):  # gone already
-        psutil.wait_procs([psutil.Process(pid)], timeout=STOP_DEADLINE_S)
+def _heard(reply: asyncio.Future[Any]) -> None:
+    """Take note of what was raised, which is no news: asyncio would report it as forgotten."""
+    if not reply.cancelled():
+        reply.exception()
 
 
 def _cause(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from weft.actors.cluster import Cluster, RayMetrics
 from weft.actors.member import Member
 from weft.configs.schema import ClusterConfig
+from weft.pipeline.run import leaves
 from weft.transport.channel import Client
 from weft.transport.errors import PeerDiedError, StartError
 from weft.transport.messages import Done, DropAdapter, GetStatistics, SamplerStatistics
@@ -145,3 +147,37 @@ def test_a_killed_actor_is_replaced_a_refusing_one_says_why_and_nothing_is_left_
     assert set(psutil.Process().children(recursive=True)) <= before
     assert not cluster.shared_folder.exists()
     assert any((tmp_path / "out" / "logs").iterdir())
+
+
+def test_rays_own_death_ends_the_run_at_once_and_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "trivial_actor.py").write_text(ACTOR)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = set(psutil.Process().children(recursive=True))
+    left: list[psutil.Process] = []
+    killed = 0.0
+
+    async def nothing() -> None:
+        return None
+
+    async def law() -> None:
+        nonlocal killed
+        whole = Cluster(ClusterConfig(dashboard_port=0), str(tmp_path / "out"), dashboard=False)
+        async with asyncio.timeout(100), whole as cluster, asyncio.TaskGroup() as tasks:
+            member = Member("trivial", lambda: cluster.start("trivial", "trivial_actor.Trivial", {}), Client)
+            tasks.create_task(member.keep(nothing, nothing))
+            await member.wait_ready()
+            statistics: SamplerStatistics = await member.request(GetStatistics())
+            left.extend(map(psutil.Process, (statistics.pid, statistics.engine_pid)))
+            (raylet,) = (process for process in psutil.Process().children() if process.name() == "raylet")
+            os.kill(raylet.pid, signal.SIGKILL)
+            killed = time.monotonic()
+            await asyncio.Event().wait()
+
+    with pytest.raises(BaseExceptionGroup) as ended:
+        asyncio.run(law())
+    assert time.monotonic() - killed < 20
+    said = [str(error) for error in leaves(ended.value) if isinstance(error, PeerDiedError)]
+    assert said and "raylet" in said[0], said
+    assert not any(process.is_running() for process in left)
+    assert set(psutil.Process().children(recursive=True)) <= before
+    assert not list(Path("/dev/shm").glob(f"weft-{Cluster(ClusterConfig(), str(tmp_path / 'out')).run_id}"))
