@@ -9,6 +9,7 @@ is started or written; 130 interrupted (the same command goes on from the last c
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 import time
@@ -191,16 +192,28 @@ async def _session(config: Config, console: Console) -> PipelineStatistics:
 
     task = asyncio.current_task()
     assert task is not None
+    loop = asyncio.get_running_loop()
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup sets
+        loop.add_signal_handler(signal.SIGHUP, _end_without_terminal, task, [stream for stream in (1, 2) if os.isatty(stream)])
     sizes = config.cluster
     console.print(f"starting {sizes.samplers} sampler(s), {sizes.trainers} trainer(s), 1 parameter sync", highlight=False)
     async with Cluster(sizes, config.run.dir) as cluster:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # Ray had put a handler of its own there
+        loop.add_signal_handler(signal.SIGTERM, task.cancel)  # Ray had put a handler of its own there
         if cluster.dashboard:
             console.print(f"Ray dashboard: {cluster.dashboard}", highlight=False)
         async with open_pools(config, cluster, str(cluster.shared_folder)) as running:
             await running.wait_ready()
             pools = Pools(running.samplers, running.trainers, running.sync)
             return await _watch(config, pools, cluster.dashboard, RayMetrics(), console)
+
+
+def _end_without_terminal(task: asyncio.Task[PipelineStatistics], streams: Sequence[int]) -> None:
+    """The terminal is closed: end in order. What would still be said to it would fail, half-way through that."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in streams:
+        os.dup2(nowhere, stream)
+    os.close(nowhere)
+    task.cancel()
 
 
 async def _watch(config: Config, pools: Pools, dashboard: str, gauges: RayMetrics, console: Console) -> PipelineStatistics:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,14 +79,19 @@ Start = Callable[..., Run]
 
 @pytest.fixture(scope="module")
 def weft(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """start(folder, *overrides) begins a run in `folder`; whatever still runs at the end of the module is ended, by pid."""
+    """start(folder, *overrides) begins a run in `folder`, with a terminal of its own if one is given; whatever
+    still runs at the end of the module is ended, by pid."""
     started: list[Run] = []
 
-    def start(folder: Path, *overrides: str) -> Run:
+    def start(folder: Path, *overrides: str, terminal: int | None = None) -> Run:
         log = tmp_path_factory.mktemp("log") / "output.txt"
         command = [sys.executable, "-m", "weft.pipeline.main", f"run.dir={folder}", "run.table=plain", *overrides]
+        stdin, take_terminal = (subprocess.DEVNULL, None) if terminal is None else (terminal, _take_terminal)
         with log.open("w") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True)
+            process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, stdin=stdin, text=True,
+                start_new_session=terminal is not None, preexec_fn=take_terminal,
+            )
         started.append(Run(process, folder, log))
         return started[-1]
 
@@ -97,6 +104,11 @@ def weft(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             run.process.wait()
+
+
+def _take_terminal() -> None:
+    """Make standard input the terminal that controls this session."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 @pytest.fixture(scope="module")

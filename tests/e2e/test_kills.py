@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
+
+from weft.actors.cluster import Cluster
+from weft.configs.schema import ClusterConfig
 
 STEPS = 9
 SHORT = ("adapters=three", f"every.num_steps={STEPS}", "every.batch_size=32", "every.eval_prompts=8", "run.checkpoint_every=2")
@@ -62,14 +67,27 @@ def test_a_killed_driver_goes_on_from_its_checkpoints_and_leaves_no_process(weft
         assert adapters_[name]["eval_base"] is not None, "known from before the kill"
 
 
-def test_an_interrupted_run_ends_in_order(weft: Any, adapters: str, tmp_path: Path) -> None:
-    run = weft(tmp_path / "run", adapters, *OVERRIDES)
+@pytest.mark.parametrize("how", ["Ctrl-C", "the terminal closes"])
+def test_an_interrupted_run_ends_in_order_and_leaves_nothing(weft: Any, adapters: str, tmp_path: Path, how: str) -> None:
+    ours, theirs = os.openpty()
+    run = weft(tmp_path / "run", adapters, *OVERRIDES, terminal=theirs)
+    os.close(theirs)
     run.wait_until(lambda: run.starts("trainer-0") == 1, "its processes")
     family = psutil.Process(run.process.pid).children(recursive=True)
-    run.process.send_signal(signal.SIGINT)
-    assert run.wait() == 130, run.output()[-4000:]
+    if how == "Ctrl-C":
+        os.write(ours, b"\x03")  # to the whole group in the foreground, which Ray's servers are in
+        status = run.wait()
+        os.close(ours)
+    else:
+        os.close(ours)
+        status = run.wait()
+    assert status == 130, run.output()[-4000:]
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive, [process.cmdline() for process in alive]
+    assert "Traceback" not in run.output()
+    cluster = Cluster(ClusterConfig(), str(run.folder))
+    assert not cluster.shared_folder.exists()
+    assert not list(Path(tempfile.gettempdir()).glob(f"weft-ray-{cluster.run_id}*"))
 
 
 NAMES = ("calculator-strict", "calculator-cispo", "letters")
