@@ -96,7 +96,8 @@ class Learner:
     def __init__(self, decoder: Decoder, store: AdapterStore, device: torch.device, token_budget: int) -> None:
         self._decoder, self._store, self._device, self._token_budget = decoder, store, device, token_budget
         self._canary = torch.tensor(canary_tokens(decoder.head.shape[0]), device=device)
-        self.base_canary = self._canary_logprob(None)  # now, so that the decoder's tables are long enough for any canary
+        no_adapter = LoraBatch((0,), ())
+        self.base_canary = self._canary_logprob(no_adapter)  # now, so that the decoder's tables are long enough for any canary
 
     def forward_backward(self, adapters: Sequence[Adapter], batches: Sequence[TrainBatch]) -> list[dict[str, float]]:
         """Adds to the adapters' gradients; returns each one's metrics. Where a loss is not finite, `Adapter.fault` says so, and
@@ -158,7 +159,7 @@ class Learner:
         return self._canary_logprob(lora)
 
     @torch.no_grad()
-    def _canary_logprob(self, lora: LoraBatch | None) -> float:
+    def _canary_logprob(self, lora: LoraBatch) -> float:
         inputs, targets = self._canary[:-1], self._canary[1:]
         hidden = self._decoder(inputs, [0, len(inputs)], lora)
         logprobs, _ = token_logprobs(hidden, self._decoder.head, targets, torch.ones(len(targets), device=self._device))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,12 @@ from weft.actors.layers import add_rms_norm, heads, rms_norm_rows, rope_table, s
 from weft.actors.lora import LoraBatch
 from weft.actors.recompute import Recompute, choose_recompute
 from weft.actors.slab_batch import LinearGroup, SlabBatch
+from weft.kernels.fp8 import Fp8Weight, can_multiply, quantize_weight
 from weft.kernels.lora import fused_lora_linear, slab_linear, slab_swiglu_linear
 from weft.kernels.lora.tables import Tables
+
+if TYPE_CHECKING:
+    from weft.kernels.lora.fp8 import Fp8Linear
 
 __all__ = ["Decoder", "check_folder", "load_model", "read_config", "save_model"]
 
@@ -42,6 +46,7 @@ class Linear(nn.Module):
         self.widths = tuple(out for out, _ in shapes)
         self.weight = _frozen(sum(self.widths), shapes[0][1])
         self.bias = _frozen(sum(self.widths)) if bias else None
+        self.narrow: Fp8Weight | None = None  # the weight in FP8, beside it
 
     def forward(self, x: Tensor, lora: LoraBatch | Tables | None, source: Callable[[], Tensor] | None = None) -> Tensor:
         """x [T, I] -> [T, sum(widths)]. source: makes x again, where the backward needs it and it should not be kept."""
@@ -52,6 +57,12 @@ class Linear(nn.Module):
         a, b = zip(*(lora.columns(name) for name in self.names), strict=True)
         return fused_lora_linear(x, self.weight, self.bias, self.widths, a, b, lora.scales, lora.offsets)
 
+    def in_fp8(self, tables: Tables | None) -> Fp8Linear:
+        """What the FP8 kernels take."""
+        from weft.kernels.lora.fp8 import Fp8Linear  # needs a GPU's driver
+
+        assert self.narrow is not None
+        return Fp8Linear(self.narrow, self.bias, tables, None if tables is None else tables.groups[self.index])
 
     def after_swiglu(self, gate_up: Tensor, lora: LoraBatch | Tables | None) -> Tensor:
         """gate_up [T, 2 I] -> [T, sum(widths)] of silu(gate) * up"""
@@ -98,6 +109,8 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x + delta [T, H] -> the same of the next layer: its norm adds them. cos and sin [T, 1, D / 2]. again: what is cheap
         to make again for the backward is not kept."""
+        if self.qkv.narrow is not None and not isinstance(lora, LoraBatch):
+            return self._forward_fp8(x, delta, cos, sin, attention, lora, again)
         arch = self.architecture
 
         def normed(weight: Tensor) -> tuple[Tensor, Tensor, Callable[[], Tensor] | None]:
@@ -111,6 +124,25 @@ class Layer(nn.Module):
         delta = self.o(attention(q, k, v).flatten(1), lora)
         x, scaled, source = normed(self.mlp_norm)
         return x, self.down.after_swiglu(self.gate_up(scaled, lora, source), lora)
+
+    def _forward_fp8(
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        attention: Attention,
+        tables: Tables | None,
+        again: bool,
+    ) -> tuple[Tensor, Tensor]:
+        from weft.kernels.lora import fp8  # needs a GPU's driver
+
+        arch = self.architecture
+        x, qkv = fp8.norm_linear(x, delta, self.attention_norm, arch.rms_norm_eps, self.qkv.in_fp8(tables), again)
+        q, k, v = heads(qkv, self.q_norm, self.k_norm, cos, sin, arch.num_heads, arch.num_kv_heads, arch.rms_norm_eps)
+        delta = fp8.linear(attention(q, k, v).flatten(1), self.o.in_fp8(tables))
+        linears = (self.gate_up.in_fp8(tables), self.down.in_fp8(tables))
+        return fp8.norm_mlp(x, delta, self.mlp_norm, arch.rms_norm_eps, *linears, again)
 
 
 class Decoder(nn.Module):
@@ -129,6 +161,19 @@ class Decoder(nn.Module):
         self._groups = [group for layer in self.layers for group in layer.groups()]
         self._rope: tuple[Tensor, Tensor] | None = None  # cos, sin, grown as longer rows come
 
+    def use_fp8(self, wanted: bool = True) -> None:
+        """Whether the layers' products run in FP8, all but those of a `LoraBatch`. The weights stay beside their FP8 copies.
+
+        Raises ValueError where the device, or a size of the model, does not allow it.
+        """
+        device = self.head.device
+        if wanted and (not can_multiply(device) or self.head.dtype != torch.bfloat16):
+            dtype = str(self.head.dtype).removeprefix("torch.")
+            raise ValueError(f"base_precision='fp8': needs bfloat16 on a Hopper GPU or later, the base is {dtype} on {device}")
+        for layer in self.layers:
+            for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
+                linear.narrow = quantize_weight(linear.weight) if wanted else None
+
     @property
     def head(self) -> Tensor:
         """[V, H]"""
@@ -138,6 +183,7 @@ class Decoder(nn.Module):
         """tokens int [T], offsets n + 1 row bounds (on the host) from 0 to T -> hidden [T, H] after the last norm.
 
         Positions start again, and attention is causal, within each row. lora None: the base alone. A SlabBatch is for CUDA.
+        After `use_fp8`, a LoraBatch still runs on the exact weights: what a sampler computes.
         """
         bounds = [int(bound) for bound in offsets]
         lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
@@ -148,7 +194,8 @@ class Decoder(nn.Module):
         tables = lora.tables(self._groups, len(tokens), x.device) if isinstance(lora, SlabBatch) else lora
         recompute = Recompute.NONE
         if isinstance(lora, SlabBatch) and torch.is_grad_enabled():
-            recompute = choose_recompute(self.architecture, len(tokens), x.dtype, x.device)
+            narrow = self.layers[0].qkv.narrow is not None
+            recompute = choose_recompute(self.architecture, len(tokens), x.dtype, x.device, narrow)
         delta: Tensor | None = None
         for layer in self.layers:
             rest = (cos, sin, attention, tables, recompute is not Recompute.NONE)

@@ -23,24 +23,27 @@ class Recompute(Enum):
     LAYERS = "layers"
 
 
-def kept_bytes(architecture: Architecture, tokens: int, item_bytes: int, recompute: Recompute) -> int:
-    """What all layers keep, beside what one layer's backward takes for a while."""
+def kept_bytes(architecture: Architecture, tokens: int, item_bytes: int, recompute: Recompute, fp8: bool = False) -> int:
+    """What all layers keep, beside what one layer's backward takes for a while. fp8: norms and gradients of the MLP lie in 8
+    bits."""
     hidden, width = architecture.hidden_size, architecture.intermediate_size
     attention = architecture.q_size + 2 * architecture.kv_size
     passing = 2 * attention + 2 * hidden + 5 * width  # of one layer: gradients of qkv, of gate, up and SwiGLU
     layer = 2 * hidden + 2 * attention + architecture.q_size + 2 * width
     if recompute is Recompute.NONE:
-        layer += 2 * hidden
+        layer += (1 if fp8 else 2) * hidden
     if recompute is Recompute.LAYERS:
         passing += layer
         layer = 2 * hidden
     return tokens * item_bytes * (architecture.num_layers * layer + passing)
 
 
-def choose_recompute(architecture: Architecture, tokens: int, dtype: torch.dtype, device: torch.device) -> Recompute:
+def choose_recompute(
+    architecture: Architecture, tokens: int, dtype: torch.dtype, device: torch.device, fp8: bool = False
+) -> Recompute:
     """The least that fits the device's free memory. Where nothing fits, LAYERS: the caller splits the launch."""
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     for choice in (Recompute.NONE, Recompute.CHEAP):
-        if kept_bytes(architecture, tokens, dtype.itemsize, choice) + LOGITS_BYTES <= free:
+        if kept_bytes(architecture, tokens, dtype.itemsize, choice, fp8) + LOGITS_BYTES <= free:
             return choice
     return Recompute.LAYERS

@@ -75,13 +75,19 @@ class _AddRmsNorm(torch.autograd.Function):
         total, weight = ctx.saved_tensors
         if grad_normed is None:
             return grad_total, grad_total if ctx.both else None, None, None
-        grad = torch.empty_like(total)
-        rows, size = total.shape
-        _norm_backward[(rows,)](
-            grad_normed.contiguous(), grad if grad_total is None else grad_total.contiguous(), total, weight, grad, size,
-            ctx.eps, HAS_TOTAL=grad_total is not None, BLOCK=triton.next_power_of_2(size), num_warps=_warps(size),
-        )  # fmt: skip
+        grad = norm_gradient(grad_normed, grad_total, total, weight, ctx.eps)
         return grad, grad if ctx.both else None, None, None
+
+
+def norm_gradient(grad_normed: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The gradient of `total` [T, H] through its norm, and grad_total, which came past it."""
+    grad = torch.empty_like(total)
+    rows, size = total.shape
+    _norm_backward[(rows,)](
+        grad_normed.contiguous(), grad if grad_total is None else grad_total.contiguous(), total, weight, grad, size,
+        eps, HAS_TOTAL=grad_total is not None, BLOCK=triton.next_power_of_2(size), num_warps=_warps(size),
+    )  # fmt: skip
+    return grad
 
 
 def _launch_norm(x: Tensor, delta: Tensor | None, weight: Tensor, total: Tensor, normed: Tensor, eps: float) -> None:

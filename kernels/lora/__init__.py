@@ -54,13 +54,13 @@ def slab_linear(
 
     x [T, I] -> [T, sum(group.widths)]. source: makes x again for the backward, so that x need not be kept.
     """
-    from weft.kernels.lora import triton  # needs a GPU's driver, or its interpreter
+    from weft.kernels.lora import linears  # needs a GPU's driver, or its interpreter
 
-    return triton.slab_linear(x, weight, bias, tables, group, source)
+    return linears.slab_linear(x, weight, bias, tables, group, source)
 
 
 def slab_swiglu_linear(gate_up: Tensor, weight: Tensor, bias: Tensor | None, tables: Tables, group: Group) -> Tensor:
     """`slab_linear` of silu(gate) * up, gate_up [T, 2 I], which is not kept for the backward."""
-    from weft.kernels.lora import triton  # needs a GPU's driver, or its interpreter
+    from weft.kernels.lora import linears  # needs a GPU's driver, or its interpreter
 
-    return triton.slab_swiglu_linear(gate_up, weight, bias, tables, group)
+    return linears.slab_swiglu_linear(gate_up, weight, bias, tables, group)

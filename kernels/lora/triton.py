@@ -1,15 +1,7 @@
-"""Multi-adapter linear on CUDA: three kernels beside the base's own matrix products, for any adapters in any mix of ranks.
+"""The three kernels of multi-adapter linears on CUDA, for any adapters in any mix of ranks: shrink [T, I] -> [T, R], expand
+[T, R] -> [T, O], outer [T, R], [T, I] -> [R, I]. linears.py and fp8.py say when each runs.
 
 T tokens, N adapters, P parts of a fused linear, R rank, I in, O out.
-
-    forward     low  = s x A^T             shrink    x is read once for all parts
-                out  = low B^T (+ bias)    expand    written first ...
-                out += x W^T               cuBLAS    ... so that the base's product adds it in its epilogue
-    backward    dlow = s dY B              shrink
-                dX   = dlow A, += dY W     expand, cuBLAS
-                dA  += dlow^T x            outer     straight into the adapter's fp32 gradient slab
-                dB  += dY^T low            outer
-
 s = alpha / R is applied once, in fp32, where low and dlow are rounded. A program works for one adapter, through addresses
 (`tables`); a rank is padded in registers alone. Sums over an adapter's tokens have a fixed order and no atomics: the same
 adapter and tokens give the same bits whoever else is in the batch.
@@ -17,136 +9,48 @@ adapter and tokens give the same bits whoever else is in the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from weft.kernels.layers.triton import swiglu, swiglu_gradient, swiglu_rows
 from weft.kernels.lora.tables import TILE, Group, Tables
 
 WIDEST_SHARED = 128  # rows of all parts that one program of shrink or outer holds; beyond it each part reads for itself
 EXPAND = {"BLOCK_T": 64, "BLOCK_O": 128, "SPAN": 4, "num_warps": 4, "num_stages": 2}  # best of eleven (bench_lora.py, H200)
 
 
-def slab_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tables: Tables, group: Group, source: Callable[[], Tensor] | None = None
+def shrink(
+    x: Tensor, tables: Tables, group: Group, kind: str, scales: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """x [T, I] -> [T, sum(widths)], as `weft.kernels.lora.fused_lora_linear` with the pairs of `tables`. Backward adds to the
-    gradient slabs itself. source: makes x again for the backward, so that x need not be kept."""
-    assert not weight.requires_grad, "the base is frozen: its weight would get no gradient here"
-    if not group.touched:
-        return F.linear(x, weight, bias)
-    out: Tensor = _SlabLinear.apply(x, tables.anchor, weight, bias, tables, group, source)
-    return out
-
-
-def slab_swiglu_linear(gate_up: Tensor, weight: Tensor, bias: Tensor | None, tables: Tables, group: Group) -> Tensor:
-    """`slab_linear` of silu(gate) * up, gate_up [T, 2 I]."""
-    if not group.touched:
-        return F.linear(swiglu(gate_up), weight, bias)
-    out: Tensor = _SlabSwigluLinear.apply(gate_up, tables.anchor, weight, bias, tables, group)
-    return out
-
-
-class _SlabLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        anchor: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        tables: Tables,
-        group: Group,
-        source: Callable[[], Tensor] | None,
-    ) -> Tensor:
-        low = shrink(x, tables, group, "a")
-        out = expand(low, tables, group, "b", bias)
-        out.addmm_(x, weight.t())
-        ctx.save_for_backward(x if source is None else None, low, weight)
-        ctx.tables, ctx.group, ctx.source = tables, group, source
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, low, weight = ctx.saved_tensors
-        tables, group = ctx.tables, ctx.group
-        grad_out = grad_out.contiguous()
-        grad_low = shrink(grad_out, tables, group, "b")
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = expand(grad_low, tables, group, "a", None)
-            grad_x.addmm_(grad_out, weight)
-        if group.trains:
-            outer(grad_low, ctx.source() if x is None else x, tables, group, "grad_a")
-            ctx.source = None  # what it holds may go
-            outer(low, grad_out, tables, group, "grad_b")
-        return grad_x, None, None, None, None, None, None
-
-
-class _SlabSwigluLinear(torch.autograd.Function):
-    """SwiGLU and the linear after it: its output is not kept, for SwiGLU's own backward has all it takes to write it again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, gate_up: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, tables: Tables, group: Group
-    ) -> Tensor:
-        x = swiglu_rows(gate_up)
-        low = shrink(x, tables, group, "a")
-        out = expand(low, tables, group, "b", bias)
-        out.addmm_(x, weight.t())
-        ctx.save_for_backward(gate_up, low, weight)
-        ctx.tables, ctx.group = tables, group
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        gate_up, low, weight = ctx.saved_tensors
-        tables, group = ctx.tables, ctx.group
-        grad_out = grad_out.contiguous()
-        grad_low = shrink(grad_out, tables, group, "b")
-        grad_x = expand(grad_low, tables, group, "a", None)
-        grad_x.addmm_(grad_out, weight)
-        grad_gate_up, x = swiglu_gradient(gate_up, grad_x)
-        if group.trains:
-            outer(grad_low, x, tables, group, "grad_a")
-            outer(low, grad_out, tables, group, "grad_b")
-        return grad_gate_up, None, None, None, None, None
-
-
-def shrink(x: Tensor, tables: Tables, group: Group, kind: str) -> Tensor:
     """kind "a": s x A^T of every part; "b": s dY_p B_p of each part. -> [T, P * widest rank], part p of an adapter of rank R in
-    columns p R to (p + 1) R; the rest, and rows without adapter, are left unwritten."""
+    columns p R to (p + 1) R; the rest, and rows without adapter, are left unwritten. scales [T, 1]: of the rows of an x in FP8;
+    dtype is then the adapters'."""
     parts, shared = len(group.widths), kind == "a"
-    low = torch.empty(x.shape[0], parts * tables.max_rank, dtype=x.dtype, device=x.device)
+    low = torch.empty(x.shape[0], parts * tables.max_rank, dtype=dtype or x.dtype, device=x.device)
     for own in tables.classes:
         together = parts if shared and parts * own.block <= WIDEST_SHARED else 1
         block_r = triton.next_power_of_2(together * own.block)
         depth = 64
         even = all(width % depth == 0 for width in ((group.in_features,) if shared else group.widths))
         _shrink[(len(own.tiles), parts // together)](
-            x, low, tables.wide, own.tiles, tables.ranks, tables.scales, group.first[kind], group.first["columns"],
-            tables.adapters, x.stride(0), low.stride(0), group.in_features,
-            PARTS=together, TRANSPOSED=not shared, ALIGN=group.align, STEP=group.align // x.element_size(),
-            EVEN=even, PRECISION=_precision(x),
+            x, low, x if scales is None else scales, tables.wide, own.tiles, tables.ranks, tables.scales, group.first[kind],
+            group.first["columns"], tables.adapters, x.stride(0), low.stride(0), group.in_features,
+            PARTS=together, TRANSPOSED=not shared, ALIGN=group.align, STEP=group.align // low.element_size(),
+            COLUMN_STEP=_column_step(group, x), EVEN=even, SCALED=scales is not None, PRECISION=_precision(low),
             BLOCK_T=TILE, BLOCK_R=block_r, BLOCK_K=depth, num_warps=8 if block_r > 64 else 4,
-            num_stages=_stages(x),
+            num_stages=_stages(low),
         )  # fmt: skip
     return low
 
 
-def expand(low: Tensor, tables: Tables, group: Group, kind: str, bias: Tensor | None) -> Tensor:
+def expand(low: Tensor, tables: Tables, group: Group, kind: str, bias: Tensor | None, onto: Tensor | None = None) -> Tensor:
     """kind "b": low_p B_p^T in the columns of each part [T, sum(widths)]; "a": the sum over parts of low_p A_p [T, I]. Rows
-    without adapter get the bias, or 0."""
+    without adapter get the bias, or 0. onto: is added to, in place, and has the bias already."""
     forward, parts = kind == "b", len(group.widths)
     width = sum(group.widths) if forward else group.in_features
-    out = torch.empty(low.shape[0], width, dtype=low.dtype, device=low.device)
-    for start, stop in tables.bare:
+    out = torch.empty(low.shape[0], width, dtype=low.dtype, device=low.device) if onto is None else onto
+    for start, stop in tables.bare if onto is None else ():
         out[start:stop] = 0 if bias is None else bias
     block_t, block_o, span = EXPAND["BLOCK_T"], EXPAND["BLOCK_O"], EXPAND["SPAN"]
     for own in tables.classes:
@@ -158,16 +62,17 @@ def expand(low: Tensor, tables: Tables, group: Group, kind: str, bias: Tensor | 
         _expand[grid](
             low, out, bias if bias is not None else low, tables.wide, own.tiles, tables.ranks, group.first[kind],
             group.first["columns"], tables.adapters, low.stride(0), width,
-            PARTS=1 if forward else parts, TRANSPOSED=forward, BIAS=bias is not None, ALIGN=group.align,
+            PARTS=1 if forward else parts, TRANSPOSED=forward, BIAS=bias is not None, ADD=onto is not None, ALIGN=group.align,
             STEP=group.align // low.element_size(), EVEN=even, PRECISION=_precision(low), SPLIT=TILE // block_t,
             BLOCK_R=own.block, **settings,
         )  # fmt: skip
     return out
 
 
-def outer(low: Tensor, y: Tensor, tables: Tables, group: Group, kind: str) -> None:
+def outer(low: Tensor, y: Tensor, tables: Tables, group: Group, kind: str, scales: Tensor | None = None) -> None:
     """kind "grad_a": low^T y for all parts, y [T, I]; "grad_b": low_p^T y_p of each part, transposed, y [T, sum(widths)].
-    Added to the gradient slabs in fp32, or written over them where tables.accumulate is 0."""
+    Added to the gradient slabs in fp32, or written over them where tables.accumulate is 0. scales: of the rows of a y in FP8.
+    """
     shared, parts = kind == "grad_a", len(group.widths)
     for own in tables.classes:
         together = parts if shared and parts * own.block <= WIDEST_SHARED else 1
@@ -181,12 +86,19 @@ def outer(low: Tensor, y: Tensor, tables: Tables, group: Group, kind: str) -> No
         even = all(size % block_c == 0 for size in ((wide,) if shared else group.widths))
         places = (tables.wide, tables.ranks, tables.accumulate, group.first[kind], group.first["columns"], tables.adapters)
         _outer[(*grid, len(own.chunks))](
-            low, y, sums, own.chunks, *places, low.stride(0), y.stride(0), wide, part_rows, group.in_features,
-            STEP=group.align // y.element_size(), EVEN=even, PRECISION=_precision(y),
-            BLOCK_T=64, num_warps=8 if block_r * block_c >= 16384 else 4, num_stages=_stages(y) - 1, **shape,
+            low, y, y if scales is None else scales, sums, own.chunks, *places, low.stride(0), y.stride(0), wide, part_rows,
+            group.in_features, STEP=group.align // low.element_size(), COLUMN_STEP=_column_step(group, y), EVEN=even,
+            SCALED=scales is not None, PRECISION=_precision(low),
+            BLOCK_T=64, num_warps=8 if block_r * block_c >= 16384 else 4, num_stages=_stages(low) - 1, **shape,
         )  # fmt: skip
         if own.slots:
             _add_slots[(*grid, len(own.sums))](sums, own.sums, *places, wide, part_rows, group.in_features, **shape)
+
+
+def _column_step(group: Group, x: Tensor) -> int:
+    """What divides every part's first column and width in x: as many elements as are 16 bytes, if the compiler may know."""
+    step = 16 // x.element_size()
+    return step if group.align == 16 and not any(width % step for width in group.widths) else 1
 
 
 def _precision(x: Tensor) -> str:
@@ -218,21 +130,19 @@ def _row_places(
 
 @triton.jit(do_not_specialize=["first", "at_columns", "adapters"])
 def _shrink(
-    x, low, wide, tiles, ranks, scales, first, at_columns, adapters, stride_x, stride_low, in_features,
-    PARTS: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr, STEP: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    x, low, x_scales, wide, tiles, ranks, scales, first, at_columns, adapters, stride_x, stride_low, in_features,
+    PARTS: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr, STEP: tl.constexpr, COLUMN_STEP: tl.constexpr,
+    EVEN: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """low[t, j] = s sum_k x[t, column + k] M[j, k]; M is A [R, I], or B [O, R] transposed."""
+    """low[t, j] = s sum_k x[t, column + k] M[j, k]; M is A [R, I], or B [O, R] transposed. SCALED: x is in FP8."""
     tile, part = tl.program_id(0), tl.program_id(1) * PARTS
     n, start, stop = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
     rank = tl.multiple_of(tl.load(ranks + n), STEP)
-    matrix, row, there = _row_places(wide, first, adapters, n, part, rank, x.dtype.element_ty, PARTS, ALIGN, BLOCK_R)
-    column, size = 0, in_features
+    narrow = low.dtype.element_ty
+    matrix, row, there = _row_places(wide, first, adapters, n, part, rank, narrow, PARTS, ALIGN, BLOCK_R)
+    column, size = _columns(wide, at_columns, part, in_features, TRANSPOSED, COLUMN_STEP)
     if TRANSPOSED:
-        column = tl.load(wide + at_columns + part).to(tl.int32)
-        size = tl.load(wide + at_columns + part + 1).to(tl.int32) - column
-        column = tl.multiple_of(column, STEP)
         stride_k = rank
         m_rows = matrix + row
     else:
@@ -251,10 +161,12 @@ def _shrink(
             left = k < size - at
             rows = tl.load(x_at, mask=(t < stop)[:, None] & left[None, :], other=0.0)
             block = tl.load(m_at, mask=there[None, :] & left[:, None], other=0.0)
-        total = tl.dot(rows, block, total, input_precision=PRECISION)
+        total = tl.dot(rows.to(narrow), block, total, input_precision=PRECISION)
         x_at += BLOCK_K
         m_at += BLOCK_K * stride_k
     total *= tl.load(scales + n)
+    if SCALED:
+        total *= tl.load(x_scales + t, mask=t < stop, other=0.0)[:, None]
     j = tl.arange(0, BLOCK_R)
     low_at = low + t.to(tl.int64)[:, None] * stride_low + (part * rank + j)[None, :]
     tl.store(low_at, total.to(low.dtype.element_ty), mask=(t < stop)[:, None] & (j < PARTS * rank)[None, :])
@@ -263,10 +175,9 @@ def _shrink(
 @triton.jit(do_not_specialize=["first", "at_columns", "adapters"])
 def _expand(
     low, out, bias, wide, tiles, ranks, first, at_columns, adapters, stride_low, stride_out,
-    PARTS: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, ALIGN: tl.constexpr, STEP: tl.constexpr,
-    EVEN: tl.constexpr,
-    PRECISION: tl.constexpr, SPLIT: tl.constexpr, SPAN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_O: tl.constexpr,
+    PARTS: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, ALIGN: tl.constexpr,
+    STEP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """out[t, column + o] = sum over parts p, rows j of low[t, p R + j] M_p[j, o]; M is A [R, I], or B [O, R] transposed."""
     tile, part = tl.program_id(2) // SPLIT, tl.program_id(1)
@@ -296,6 +207,8 @@ def _expand(
             total += tl.load(bias + column + o, mask=o < size, other=0.0).to(tl.float32)[None, :]
         out_at = out + t.to(tl.int64)[:, None] * stride_out + column + o[None, :]
         mask = (t < stop)[:, None] if EVEN else (t < stop)[:, None] & (o < size)[None, :]
+        if ADD:
+            total += tl.load(out_at, mask=mask, other=0.0).to(tl.float32)
         tl.store(out_at, total.to(out.dtype.element_ty), mask=mask)
 
 
@@ -325,10 +238,10 @@ def _columns(wide, at_columns, part, in_features, TRANSPOSED: tl.constexpr, STEP
 
 @triton.jit(do_not_specialize=["first", "at_columns", "adapters", "part_rows"])
 def _outer(
-    low, y, sums, chunks, wide, ranks, accumulate, first, at_columns, adapters, stride_low, stride_y, widest, part_rows,
-    in_features,
-    PARTS: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr, STEP: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    low, y, y_scales, sums, chunks, wide, ranks, accumulate, first, at_columns, adapters, stride_low, stride_y, widest,
+    part_rows, in_features,
+    PARTS: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr, STEP: tl.constexpr, COLUMN_STEP: tl.constexpr,
+    EVEN: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """G[j, c] = sum over a chunk's tokens of low[t, j] y[t, column + c], to slab or slot [parts, rows, c]."""
@@ -336,7 +249,7 @@ def _outer(
     n, start = tl.load(chunks + 4 * chunk), tl.load(chunks + 4 * chunk + 1)
     stop, slot = tl.load(chunks + 4 * chunk + 2), tl.load(chunks + 4 * chunk + 3)
     rank = tl.multiple_of(tl.load(ranks + n), STEP)
-    column, size = _columns(wide, at_columns, part, in_features, TRANSPOSED, STEP)
+    column, size = _columns(wide, at_columns, part, in_features, TRANSPOSED, COLUMN_STEP)
     if tl.program_id(0) * BLOCK_C < size:
         t = start + tl.arange(0, BLOCK_T)
         j = tl.arange(0, BLOCK_R)
@@ -349,7 +262,10 @@ def _outer(
             left = tl.arange(0, BLOCK_T) < stop - at
             rows = tl.load(low_at, mask=left[:, None] & within[None, :], other=0.0)
             mask = left[:, None] if EVEN else left[:, None] & (c < size)[None, :]
-            block = tl.load(y_at, mask=mask, other=0.0)
+            block = tl.load(y_at, mask=mask, other=0.0).to(rows.dtype)
+            if SCALED:
+                heights = tl.load(y_scales + at + tl.arange(0, BLOCK_T), mask=left, other=0.0)
+                rows = (rows.to(tl.float32) * heights[:, None]).to(rows.dtype)
             total = tl.dot(tl.trans(block), rows, total, input_precision=PRECISION)
             low_at += BLOCK_T * stride_low
             y_at += BLOCK_T * stride_y

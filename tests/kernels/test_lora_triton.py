@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from weft.kernels.lora import reference
+from weft.kernels.lora import linears, reference
 from weft.kernels.lora import triton as kernels
 from weft.kernels.lora.tables import SlabGroup, build_tables
 
@@ -59,7 +59,7 @@ class Problem:
     def run(self, accumulate: bool = True) -> tuple[Tensor, Tensor]:
         """-> output and the gradient of x; the adapters' gradients lie in self.grads."""
         tables = self.tables(accumulate)
-        out = kernels.slab_linear(self.x, self.weight, self.bias, tables, tables.groups[0])
+        out = linears.slab_linear(self.x, self.weight, self.bias, tables, tables.groups[0])
         return out.detach(), torch.autograd.grad((out * self.weights(out)).sum(), self.x)[0]
 
     def weights(self, out: Tensor) -> Tensor:
@@ -164,10 +164,10 @@ def test_after_swiglu_the_linear_and_its_gradients_are_those_of_the_two() -> Non
     fused, apart = Problem("mixed ranks"), Problem("mixed ranks")
     gate_up = torch.randn(fused.total, 2 * IN, generator=fused.draw).to(DEVICE).requires_grad_()
     tables = fused.tables()
-    found = kernels.slab_swiglu_linear(gate_up, fused.weight, fused.bias, tables, tables.groups[0])
+    found = linears.slab_swiglu_linear(gate_up, fused.weight, fused.bias, tables, tables.groups[0])
     x = torch.nn.functional.silu(gate_up[:, :IN]) * gate_up[:, IN:]
     other = apart.tables()
-    wanted = kernels.slab_linear(x, apart.weight, apart.bias, other, other.groups[0])
+    wanted = linears.slab_linear(x, apart.weight, apart.bias, other, other.groups[0])
     assert close(found.detach(), wanted.detach().double(), 1e-5)
     weights = fused.weights(found)
     gradients = [torch.autograd.grad((out * weights).sum(), gate_up)[0] for out in (found, wanted)]
@@ -180,7 +180,7 @@ def test_after_swiglu_the_linear_and_its_gradients_are_those_of_the_two() -> Non
 def test_an_input_made_again_for_the_backward_changes_nothing() -> None:
     problem = Problem("mixed ranks")
     tables = problem.tables()
-    out = kernels.slab_linear(problem.x, problem.weight, None, tables, tables.groups[0], lambda: problem.x.detach())
+    out = linears.slab_linear(problem.x, problem.weight, None, tables, tables.groups[0], lambda: problem.x.detach())
     (out * problem.weights(out)).sum().backward()
     again = Problem("mixed ranks")
     again.run()

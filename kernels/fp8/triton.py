@@ -1,0 +1,155 @@
+"""What makes the rows that FP8 products read, each in one kernel: quantised alone, after a norm with its residual, after
+SwiGLU, and SwiGLU's gradients. The formulas are those of weft.kernels.layers, the rounding is that of the reference.
+
+T tokens, H hidden size, I MLP width. One program has one row; scales are fp32 [T, 1].
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from weft.kernels.fp8.reference import LARGEST, SMALLEST_ROW
+
+CHUNK = 4096  # elements that SwiGLU's gradient holds at once; it reads its row twice, the second time from cache
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As `weft.kernels.fp8.quantize_rows` says."""
+    x = x.contiguous()
+    tokens, size = x.shape
+    q, scales = _empty(x, size)
+    block = triton.next_power_of_2(size)
+    _quantize[(tokens,)](
+        x, q, scales, size, LARGEST=LARGEST, SMALLEST=SMALLEST_ROW, BLOCK=block, num_warps=8 if block > 2048 else 4
+    )
+    return q, scales
+
+
+def norm_rows(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x, delta [T, H], weight [H] -> x + delta; the rows of its norm times weight."""
+    tokens, size = x.shape
+    total = x if delta is None else torch.empty_like(x)
+    q, scales = _empty(x, size)
+    block = triton.next_power_of_2(size)
+    _norm[(tokens,)](
+        x, x if delta is None else delta, weight, total, q, scales, size, eps,
+        LARGEST=LARGEST, SMALLEST=SMALLEST_ROW, ADD=delta is not None, BLOCK=block, num_warps=8 if block > 2048 else 4,
+    )  # fmt: skip
+    return total, q, scales
+
+
+def swiglu_rows(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """gate_up [T, 2 I] -> the rows [T, I] of silu(gate) * up"""
+    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    q, scales = _empty(gate_up, width)
+    block = triton.next_power_of_2(width)
+    _swiglu[(tokens,)](
+        gate_up, q, scales, width, LARGEST=LARGEST, SMALLEST=SMALLEST_ROW, BLOCK=block, num_warps=16 if block > 4096 else 4
+    )
+    return q, scales
+
+
+def swiglu_gradient(gate_up: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """grad_out [T, I] -> rows of the gradient of gate_up [T, 2 I], and once more the rows that `swiglu_rows` gave."""
+    tokens, width = grad_out.shape
+    grad, grad_scales = _empty(gate_up, 2 * width)
+    q, scales = _empty(gate_up, width)
+    block = min(CHUNK, triton.next_power_of_2(width))
+    _swiglu_gradient[(tokens,)](
+        gate_up, grad_out, grad, grad_scales, q, scales, width, LARGEST=LARGEST, SMALLEST=SMALLEST_ROW, BLOCK=block, num_warps=8
+    )
+    return grad, grad_scales, q, scales
+
+
+def _empty(like: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    tokens = like.shape[0]
+    q = torch.empty(tokens, size, dtype=torch.float8_e4m3fn, device=like.device)
+    return q, torch.empty(tokens, 1, dtype=torch.float32, device=like.device)
+
+
+@triton.jit
+def _magnitude(value):
+    return tl.where(value == value, tl.abs(value), float("inf"))  # a maximum would pass a NaN by
+
+
+@triton.jit
+def _store_row(q, scales, row, at, value, largest, mask, LARGEST: tl.constexpr):
+    tl.store(q + at, (value * (LARGEST / largest)).to(q.dtype.element_ty), mask=mask)
+    tl.store(scales + row, largest / LARGEST)
+
+
+@triton.jit
+def _quantize(x, q, scales, size, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    c = tl.arange(0, BLOCK)
+    at = row.to(tl.int64) * size + c
+    value = tl.load(x + at, mask=c < size, other=0.0).to(tl.float32)
+    largest = tl.maximum(tl.max(_magnitude(value), 0), SMALLEST)
+    _store_row(q, scales, row, at, value, largest, c < size, LARGEST)
+
+
+@triton.jit
+def _norm(
+    x, delta, weight, total, q, scales, size, eps, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    c = tl.arange(0, BLOCK)
+    mask = c < size
+    at = row.to(tl.int64) * size + c
+    value = tl.load(x + at, mask=mask, other=0.0)
+    if ADD:
+        value = (value.to(tl.float32) + tl.load(delta + at, mask=mask, other=0.0).to(tl.float32)).to(total.dtype.element_ty)
+        tl.store(total + at, value, mask=mask)
+    value = value.to(tl.float32)
+    value *= tl.rsqrt(tl.sum(value * value, 0) / size + eps) * tl.load(weight + c, mask=mask, other=0.0).to(tl.float32)
+    largest = tl.maximum(tl.max(_magnitude(value), 0), SMALLEST)
+    _store_row(q, scales, row, at, value, largest, mask, LARGEST)
+
+
+@triton.jit
+def _swiglu(gate_up, q, scales, width, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    c = tl.arange(0, BLOCK)
+    mask = c < width
+    at = row.to(tl.int64) * width + c
+    gate = tl.load(gate_up + row.to(tl.int64) * width + at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + (row.to(tl.int64) + 1) * width + at, mask=mask, other=0.0).to(tl.float32)
+    value = gate * tl.sigmoid(gate) * up
+    largest = tl.maximum(tl.max(_magnitude(value), 0), SMALLEST)
+    _store_row(q, scales, row, at, value, largest, mask, LARGEST)
+
+
+@triton.jit
+def _gradients(gate_up, grad_out, row, c, width):
+    """-> gradients of gate and of up, and silu(gate) * up, at columns c of a row."""
+    mask = c < width
+    at = gate_up + row.to(tl.int64) * 2 * width + c
+    gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(at + width, mask=mask, other=0.0).to(tl.float32)
+    out = tl.load(grad_out + row.to(tl.int64) * width + c, mask=mask, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    return out * up * sigmoid * (1 + gate * (1 - sigmoid)), out * gate * sigmoid, gate * sigmoid * up
+
+
+@triton.jit
+def _swiglu_gradient(
+    gate_up, grad_out, grad, grad_scales, q, scales, width, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0)
+    steep, high = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        grad_gate, grad_up, again = _gradients(gate_up, grad_out, row, start + tl.arange(0, BLOCK), width)
+        steep = tl.maximum(steep, tl.maximum(_magnitude(grad_gate), _magnitude(grad_up)))
+        high = tl.maximum(high, _magnitude(again))
+    steepest, highest = tl.maximum(tl.max(steep, 0), SMALLEST), tl.maximum(tl.max(high, 0), SMALLEST)
+    for start in range(0, width, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        grad_gate, grad_up, again = _gradients(gate_up, grad_out, row, c, width)
+        at = row.to(tl.int64) * 2 * width + c
+        _store_row(grad, grad_scales, row, at, grad_gate, steepest, c < width, LARGEST)
+        _store_row(grad, grad_scales, row, at + width, grad_up, steepest, c < width, LARGEST)
+        _store_row(q, scales, row, row.to(tl.int64) * width + c, again, highest, c < width, LARGEST)
