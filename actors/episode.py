@@ -83,7 +83,7 @@ class Chat:
         return str(self._tokenizer.apply_chat_template(list(messages), tools=tools, add_generation_prompt=True, tokenize=False))
 
     def _encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        return list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
 
 @dataclass

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +21,13 @@ from weft.actors.sampler_engine import LORA_RANKS
 from weft.configs.build import SettingError
 from weft.configs.schema import AdapterConfig, ClusterConfig, Config, ModelConfig
 
+SOCKET_NAMES = len("/weft-ray-01234567/session_2026-01-01_00-00-00_000000_0123456/sockets/plasma_store")
+
 
 def preflight(config: Config) -> None:
     """Raises SettingError for the first thing that would fail once the run is under way."""
     check_output(config.run.dir)
+    check_temporary_folder()
     check_ranks(config)
     check_gpus(config.cluster)
     check_port(config.cluster)
@@ -59,13 +63,29 @@ def use_working_directory() -> None:
 def check_output(folder: str) -> None:
     """The output folder is one that can be made or written to."""
     path = Path(folder).absolute()
-    for parent in (path, *path.parents):
-        if parent.exists():
-            if not parent.is_dir():
-                raise SettingError(f"run.dir={folder!r}: must be a folder, and {parent} is a file")
-            if not os.access(parent, os.W_OK):
-                raise SettingError(f"run.dir={folder!r}: must be writable, and {parent} is not")
-            return
+    with writing(folder):
+        parent = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not parent.is_dir():
+        raise SettingError(f"run.dir={folder!r}: must be a folder, and {parent} is a file")
+    if not os.access(parent, os.W_OK):
+        raise SettingError(f"run.dir={folder!r}: must be writable, and {parent} is not")
+
+
+@contextmanager
+def writing(folder: str) -> Iterator[None]:
+    """What the system refuses to write as run.dir's fault."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise SettingError(f"run.dir={folder!r}: must be a folder that can be written: {error.strerror}{where}") from error
+
+
+def check_temporary_folder() -> None:
+    """Ray's sockets fit: the system takes paths of 107 bytes, of which Ray's own names and weft's take SOCKET_NAMES."""
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) > 107 - SOCKET_NAMES:
+        raise SettingError(f"TMPDIR={folder!r}: must be at most {107 - SOCKET_NAMES} bytes long, for the sockets in it")
 
 
 def check_ranks(config: Config) -> None:
@@ -156,12 +176,16 @@ def check_environment(adapter: AdapterConfig, tokenizer: Any, max_model_len: int
             try:
                 prompt = loaded[key].prompt(0, held_out)
                 tokens = Chat(tokenizer).prompt(prompt)
-            except Exception as error:  # a user's prompt, through a model's template: either may raise anything
+            except (Exception, SystemExit) as error:  # a user's prompt, through a model's template: either may raise anything
                 said = f"{type(error).__name__}: {error}"
                 raise ValueError(f"environment.target={target!r}: prompt(0, {held_out}) cannot be rendered: {said}") from error
             if len(tokens) >= max_model_len:
                 rule = f"has {len(tokens)} tokens, and cluster.sampler.max_model_len={max_model_len} must be above that"
                 raise ValueError(f"environment.target={target!r}: prompt(0, {held_out}) {rule}")
+            room, wanted = max_model_len - len(tokens), adapter.sampling.max_tokens
+            if wanted > room:
+                why = f"cluster.sampler.max_model_len={max_model_len} less the {len(tokens)} tokens of prompt(0, {held_out})"
+                raise ValueError(f"sampling.max_tokens={wanted}: must be at most {room}, which is {why}")
 
 
 def _tokenizer(model: ModelConfig, folder: str) -> Any:

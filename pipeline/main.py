@@ -9,7 +9,9 @@ is started or written; 130 interrupted (the same command goes on from the last c
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import shutil
 import signal
 import sys
 import time
@@ -22,7 +24,7 @@ import uvloop
 import yaml
 from rich.console import Console
 
-from weft.actors.preflight import check_output, preflight
+from weft.actors.preflight import check_output, preflight, writing
 from weft.actors.wiring import open_pools
 from weft.configs.build import SettingError
 from weft.configs.compose import compose
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from weft.actors.cluster import RayMetrics
 
 FINISHED, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)  # which weft cannot help
 WIDTH = 120
 SUMMARY_FILE, CONFIG_FILE = "summary.json", "config.yaml"
 
@@ -80,6 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"weft: {error}", file=sys.stderr)
         return MISTAKE
     except WeftError as error:
+        print(f"weft: {error}\nthe same command goes on from the last checkpoints", file=sys.stderr)
+        return FAILED
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
         print(f"weft: {error}\nthe same command goes on from the last checkpoints", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
@@ -124,17 +132,30 @@ def _run(config: Config, console: Console) -> int:
                 _say_finished(folder, console)
                 return FINISHED
         preflight(config)
-        if config.run.fresh:
-            moved = move_aside(folder)
-            held.close()
-            if moved is not None:
-                console.print(f"the earlier run is now in {moved}", highlight=False)
+        with writing(config.run.dir):
+            _take_folder(config, held, console)
+        statistics = _train(config, console)
+        return _close(config, statistics, time.monotonic() - began, console)
+
+
+def _take_folder(config: Config, held: ExitStack, console: Console) -> None:
+    """Make run.dir this run's. What is made here and cannot be written whole is taken away again."""
+    folder = Path(config.run.dir)
+    if config.run.fresh:
+        moved = move_aside(folder)
+        held.close()
+        if moved is not None:
+            console.print(f"the earlier run is now in {moved}", highlight=False)
+    is_new = not folder.exists()
+    try:
         if not is_run(folder):
             held.enter_context(hold(folder, make=True))
         (folder / CONFIG_FILE).write_text(yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True))
         (folder / SUMMARY_FILE).unlink(missing_ok=True)  # of fewer steps
-        statistics = _train(config, console)
-        return _close(config, statistics, time.monotonic() - began, console)
+    except OSError:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _check_resume(config: Config) -> None:
@@ -181,7 +202,7 @@ def _train(config: Config, console: Console) -> PipelineStatistics:
         raise KeyboardInterrupt from None
     except BaseExceptionGroup as group:
         first = next(leaves(group))
-        if isinstance(first, WeftError | SettingError | KeyboardInterrupt):
+        if isinstance(first, WeftError | SettingError | OSError | KeyboardInterrupt):
             raise first from None
         raise
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -72,6 +73,9 @@ def refused(output: Output, *arguments: str) -> str:
         (["environment.target=json.JSONDecoder"], "environment.target='json.JSONDecoder': "),
         (["environment=jsonl"], "environment.settings.path is not set"),
         (["environment=jsonl", "environment.settings.path=absent.jsonl"], "absent.jsonl"),
+        ([f"run.dir={'x' * 300}"], "must be a folder that can be written: File name too long"),
+        (["run.dir=/proc/weft/out"], "run.dir='/proc/weft/out': must be a folder that can be written: "),
+        (["template.sampling.max_tokens=4096"], "sampling.max_tokens=4096: must be at most "),
         (["template.lora.warm_start=absent"], "lora.warm_start='absent': "),
         (["cluster.gpus_per_trainer=99"], f"ask for 99 GPUs: must be at most the {torch.cuda.device_count()} that are there"),
         (["--verbose"], "--verbose: there is no such option (there are: --help, --cfg, --config-dir DIR)"),
@@ -125,6 +129,17 @@ def test_an_output_folder_that_another_run_uses_is_refused(tmp_path: Path, capsy
         other.kill()
     with hold(tmp_path / "out"):  # the kernel gave it back
         pass
+
+
+def test_a_disk_that_takes_no_more_at_the_start_is_one_message_and_leaves_nothing(tmp_path: Path, capsys: Output) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))  # bytes a file: room for the lock, not for the configuration
+    try:
+        said = refused(capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert said == "weft: run.dir='out': must be a folder that can be written: File too large\n"
+    assert not (tmp_path / "out").exists()
 
 
 def a_run(folder: Path, config: AdapterConfig, finished: bool) -> None:

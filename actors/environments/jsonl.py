@@ -135,7 +135,7 @@ def import_reward(path: str) -> Reward:
     try:
         function = getattr(importlib.import_module(module), name)
         inspect.signature(function).bind("", {})
-    except Exception as error:  # a user's module may raise anything while it is imported
+    except (Exception, SystemExit) as error:  # a user's module may raise anything while it is imported
         raise ValueError(f"reward={path!r}: must be the dotted path of a function (completion, row): {error}") from error
     return function  # type: ignore[no-any-return]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from weft.actors.environment import Environment, Prompt
@@ -26,10 +27,8 @@ def load_environment(target: str, settings: Mapping[str, Any]) -> Environment:
     """
     factory = _import(target)
     _check_settings(target, factory, settings)
-    try:
+    with _blamed_on(target):  # the settings are to blame first
         environment = factory(**settings)
-    except Exception as error:  # a user's class may raise anything: the settings are to blame first
-        raise ValueError(f"environment.target={target!r}: {_say(error)}") from error
     _check_fit(target, environment)
     return environment  # type: ignore[no-any-return]
 
@@ -41,10 +40,8 @@ def _import(target: str) -> Any:
         close = difflib.get_close_matches(target, BUILT_IN, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"environment.target={target!r}: must be one of {', '.join(BUILT_IN)}, or a dotted path{hint}")
-    try:
+    with _blamed_on(target, f"module {module!r} does not import: "):
         imported = importlib.import_module(module)
-    except Exception as error:  # a user's module may raise anything while it is imported
-        raise ValueError(f"environment.target={target!r}: module {module!r} does not import: {_say(error)}") from error
     if not callable(getattr(imported, name, None)):
         raise ValueError(f"environment.target={target!r}: module {module!r} has no class {name!r}")
     return getattr(imported, name)
@@ -66,21 +63,30 @@ def _check_settings(target: str, factory: Any, settings: Mapping[str, Any]) -> N
 
 
 def _check_fit(target: str, environment: Any) -> None:
-    lacks = [member for member in MEMBERS if not hasattr(environment, member)]
+    with _blamed_on(target, "num_prompts raised "):
+        lacks = [member for member in MEMBERS if not hasattr(environment, member)]
     if lacks:
         raise ValueError(f"environment.target={target!r}: does not fit the Environment protocol: lacks {', '.join(lacks)}")
     if not inspect.iscoroutinefunction(environment.respond):
         raise ValueError(f"environment.target={target!r}: respond must be an async function")
-    count = environment.num_prompts
+    with _blamed_on(target, "num_prompts raised "):
+        count = environment.num_prompts
     if count is not None and (not isinstance(count, int) or count < 1):
         raise ValueError(f"environment.target={target!r}: num_prompts={count!r}: must be above 0, or None for endless")
-    try:
+    with _blamed_on(target, "prompt(0, False) raised "):
         prompt = environment.prompt(0, False)
-    except Exception as error:  # a user's class may raise anything
-        raise ValueError(f"environment.target={target!r}: prompt(0, False) raised {_say(error)}") from error
     if not isinstance(prompt, Prompt) or not prompt.messages:
         raise ValueError(f"environment.target={target!r}: prompt(0, False) returned {prompt!r}: must be a Prompt with messages")
 
 
-def _say(error: Exception) -> str:
+@contextmanager
+def _blamed_on(target: str, what: str = "") -> Iterator[None]:
+    """Whatever a user's code raises, a sys.exit() among it, as one ValueError of the target's."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:  # a user's code may raise anything
+        raise ValueError(f"environment.target={target!r}: {what}{_say(error)}") from error
+
+
+def _say(error: BaseException) -> str:
     return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

@@ -14,6 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from weft.actors.base_model import tiny_path
+from weft.actors.environment import Prompt
+from weft.actors.episode import Chat
 from weft.actors.lora import SlabLayout, linear_shapes, resolve_targets
 from weft.actors.model import read_config
 from weft.actors.peft_folder import write_peft_folder
@@ -33,6 +35,13 @@ class Riddles:
         return Reply(done=True)
     def __init__(self, length=1):
         self.length = length
+
+class Countless:
+    @property
+    def num_prompts(self):
+        raise KeyError("never counted")
+    def prompt(self, index, held_out): ...
+    async def respond(self, prompt, turns): ...
 
 class NoRespond:
     num_prompts = 3
@@ -138,6 +147,41 @@ def test_an_environment_must_import_fit_and_leave_room_to_answer(tmp_path: Path,
     assert "adapters.calc.environment.settings.lenth" in said("mytasks.Riddles", lenth=2)
     assert "cluster.sampler.max_model_len=512 must be above that" in said("mytasks.Riddles", length=500)
     assert "did you mean 'calculator'" in said("calculater")
+    assert "num_prompts raised KeyError: 'never counted'" in said("mytasks.Countless")
+    (tmp_path / "leaver.py").write_text("import sys\nsys.exit(3)\n")
+    assert "module 'leaver' does not import: SystemExit: 3" in said("leaver.Task")
+
+
+def test_more_tokens_than_the_engine_has_room_for_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mytasks.py").write_text(TASK)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    environment = {"target": "mytasks.Riddles", "settings": {"length": 30}}
+    said = refusal(configure(tmp_path, {"environment": environment, "sampling": {"max_tokens": 512}}))
+    room = int(said.split("must be at most ")[1].split(",")[0])
+    assert said.startswith(f"adapters.calc.sampling.max_tokens=512: must be at most {room}, which is cluster.sampler.")
+    assert f"max_model_len=512 less the {512 - room} tokens of prompt(0, False)" in said
+    preflight(configure(tmp_path, {"environment": environment, "sampling": {"max_tokens": room}}))
+    assert refusal(configure(tmp_path, {"environment": environment, "sampling": {"max_tokens": room + 1}}))
+
+
+def test_a_long_conversation_is_encoded_without_a_word(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.enable_propagation()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 8}))
+    long = Prompt([{"role": "user", "content": "Two and two? " * 30}])
+    assert len(Chat(AutoTokenizer.from_pretrained(folder)).prompt(long)) > 8
+    logging.disable_propagation()
+    assert not caplog.records
+
+
+def test_sockets_that_would_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = tmp_path / ("x" * 60)
+    deep.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    assert refusal(configure(tmp_path)).startswith(f"TMPDIR={str(deep)!r}: must be at most ")
 
 
 def test_a_jsonl_file_is_read_to_its_end(tmp_path: Path) -> None:
