@@ -192,7 +192,12 @@ class Cluster:
             self._stop_ray()
 
     async def start(
-        self, name: str, target: str, arguments: Mapping[str, Any], gpus: int = 0, environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        target: str,
+        arguments: Mapping[str, Any],
+        gpus: float = 0,
+        environment: Mapping[str, str] | None = None,
     ) -> Process:
         """Start the class `target` (dotted path) in a process of its own, and wait until it is ready.
 
@@ -204,7 +209,7 @@ class Cluster:
 
         there = int(ray.cluster_resources().get("GPU", 0))
         if gpus > there:  # Ray would wait for one for ever
-            raise StartError(f"{name} needs {gpus} GPUs, and Ray has {there}")
+            raise StartError(f"{name} needs {gpus:g} GPUs, and Ray has {there}")
         options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": 0, "max_concurrency": 16}
         variables = {**ACTOR_ENVIRONMENT, **(environment or {})}
         where = (os.getcwd(), list(sys.path))

@@ -12,12 +12,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from weft.actors.environment import Environment
 from weft.actors.environments.load import load_environment
-from weft.actors.sampler_engine import LORA_RANKS
+from weft.actors.sampler_engine import LORA_RANKS, TESTED
 from weft.configs.build import SettingError
 from weft.configs.schema import AdapterConfig, ClusterConfig, Config, ModelConfig
 
@@ -30,6 +31,7 @@ def preflight(config: Config) -> None:
     check_temporary_folder()
     check_ranks(config)
     check_gpus(config.cluster)
+    check_vllm(config)
     check_port(config.cluster)
     folder = check_model(config)
     use_working_directory()
@@ -100,6 +102,8 @@ def check_gpus(cluster: ClusterConfig) -> None:
     wanted = cluster.samplers * cluster.gpus_per_sampler + cluster.trainers * cluster.gpus_per_trainer
     if cluster.sync.backend == "nccl" and not (cluster.gpus_per_sampler and cluster.gpus_per_trainer):
         raise SettingError("cluster.sync.backend='nccl': must be gloo unless gpus_per_sampler and gpus_per_trainer are above 0")
+    if cluster.sync.backend == "nccl" and (cluster.gpus_per_sampler < 1 or cluster.gpus_per_trainer < 1):
+        raise SettingError("cluster.sync.backend='nccl': must be gloo where samplers and trainers share a card")
     if not wanted:
         return
     import torch
@@ -111,10 +115,25 @@ def check_gpus(cluster: ClusterConfig) -> None:
 
 def gpu_message(cluster: ClusterConfig, there: int) -> str:
     """Says both sides: what the pools ask for and what there is."""
-    samplers = f"cluster.samplers={cluster.samplers} x gpus_per_sampler={cluster.gpus_per_sampler}"
-    trainers = f"cluster.trainers={cluster.trainers} x gpus_per_trainer={cluster.gpus_per_trainer}"
+    samplers = f"cluster.samplers={cluster.samplers} x gpus_per_sampler={cluster.gpus_per_sampler:g}"
+    trainers = f"cluster.trainers={cluster.trainers} x gpus_per_trainer={cluster.gpus_per_trainer:g}"
     wanted = cluster.samplers * cluster.gpus_per_sampler + cluster.trainers * cluster.gpus_per_trainer
-    return f"{samplers} + {trainers} ask for {wanted} GPUs: must be at most the {there} that are there"
+    return f"{samplers} + {trainers} ask for {wanted:g} GPUs: must be at most the {there} that are there"
+
+
+def check_vllm(config: Config) -> None:
+    """The vLLM that the samplers take is one that weft was tested with: what runs inside its worker knows its insides."""
+    kind = "cuda" if config.cluster.gpus_per_sampler else "cpu"
+    distribution, tested = TESTED[kind]
+    if kind == "cuda" and config.model.tensors != "bfloat16":
+        raise SettingError(f"model.dtype={config.model.dtype!r}: must be bfloat16 where samplers run on GPUs")
+    try:
+        found = metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        found = "not installed"
+    if found not in tested:
+        rule = f"must be one of those that weft was tested with: {', '.join(tested)}"
+        raise SettingError(f"{distribution} is {found}, and {rule}")
 
 
 def check_port(cluster: ClusterConfig) -> None:

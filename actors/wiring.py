@@ -26,7 +26,12 @@ class Starter(Protocol):
     """cluster.Cluster, as far as the pools need it."""
 
     async def start(
-        self, name: str, target: str, arguments: Mapping[str, Any], gpus: int = 0, environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        target: str,
+        arguments: Mapping[str, Any],
+        gpus: float = 0,
+        environment: Mapping[str, str] | None = None,
     ) -> Process: ...
 
 
@@ -55,7 +60,7 @@ async def open_pools(
     cluster = config.cluster
     threads = {"OMP_NUM_THREADS": str(cluster.trainer.num_threads)}
 
-    def member(name: str, target: str, arguments: Mapping[str, Any], gpus: int, environment: Mapping[str, str]) -> Member:
+    def member(name: str, target: str, arguments: Mapping[str, Any], gpus: float, environment: Mapping[str, str]) -> Member:
         return Member(name, partial(starter.start, name, target, arguments, gpus, environment), connect)
 
     trainers = [
@@ -101,7 +106,7 @@ def sampler_arguments(config: Config, index: int) -> dict[str, Any]:
     sampler = config.cluster.sampler
     return {
         "model_folder": model_folder(config.model),
-        "model_dtype": config.model.dtype,
+        "model_dtype": config.model.tensors,
         "config": sampler,
         "index": index,
         "device": "cuda" if config.cluster.gpus_per_sampler else "cpu",
@@ -114,8 +119,9 @@ def trainer_arguments(config: Config, index: int, shared_folder: str) -> dict[st
     """Of weft.actors.trainer.Trainer."""
     return {
         "model_folder": model_folder(config.model),
-        "model_dtype": config.model.dtype,
+        "model_dtype": config.model.tensors,
         "config": config.cluster.trainer,
+        "base_precision": config.model.base_precision,
         "folder": str(Path(config.run.dir).absolute() / "trainers" / str(index)),
         "slab_folder": shared_folder,
         "device": "cuda" if config.cluster.gpus_per_trainer else "cpu",

