@@ -36,7 +36,8 @@ class Reply:
 @runtime_checkable
 class Environment(Protocol):
     """One task. Prompts are a function of their index, so a run can be resumed; an exception, or a reply that takes longer
-    than ten minutes, ends this adapter and no other.
+    than ten minutes, ends this adapter and no other. In each sampler it has a thread and an event loop of its own: while it
+    computes or sleeps without awaiting, its own adapter waits, and no other.
 
     An episode that runs out of turns or tokens without `done` gets the reward of its last reply.
     """

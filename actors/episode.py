@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from weft.actors.environment import ChatMessage, Environment, Prompt, Reply
+from weft.actors.environment_thread import EnvironmentThread
 from weft.transport.errors import AdapterFault
 from weft.transport.messages import UNSAMPLED, AdapterRef, Sample
 
@@ -108,7 +109,7 @@ class _Tape:
 
 async def run_episode(
     name: str,
-    environment: Environment,
+    environment: Environment | EnvironmentThread,
     prompt: Prompt,
     prompt_tokens: Sequence[int],
     chat: Chat,
@@ -157,7 +158,9 @@ async def run_episode(
     )
 
 
-async def _reply(environment: Environment, prompt: Prompt, turns: Sequence[ChatMessage], deadline_s: float) -> Reply:
+async def _reply(
+    environment: Environment | EnvironmentThread, prompt: Prompt, turns: Sequence[ChatMessage], deadline_s: float
+) -> Reply:
     task = asyncio.current_task()
     assert task is not None
     try:

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from weft.actors.canary import canary_tokens
-from weft.actors.environment import Environment, Prompt
+from weft.actors.environment import Prompt
+from weft.actors.environment_thread import EnvironmentThread
 from weft.actors.environments.load import load_environment
 from weft.actors.episode import Bounds, Chat, Turn, blamed_on, run_episode, seed_of
 from weft.actors.leases import Lease, Leases, Version
@@ -52,7 +53,7 @@ class _Adapter:
     """What AddAdapter made. settings: the mapping it came from, by which a repetition is known."""
 
     config: AdapterConfig
-    environment: Environment
+    environment: EnvironmentThread
     settings: Mapping[str, Any]
 
 
@@ -130,12 +131,13 @@ class Sampler:
             with blamed_on(config.name, f"making its environment {config.environment.target}"):
                 # On a thread: importing a library of tasks takes seconds, in which the others' rollouts go on.
                 environment = await asyncio.to_thread(load_environment, config.environment.target, config.environment.settings)
-            held = self._adapters[config.name] = _Adapter(config, environment, message.config)
+            held = self._adapters[config.name] = _Adapter(config, EnvironmentThread(config.name, environment), message.config)
         with blamed_on(config.name, "its environment's num_prompts"):
             return AdapterAdded(num_prompts=held.environment.num_prompts)
 
     async def _drop(self, name: str) -> Done:
-        self._adapters.pop(name, None)
+        if name in self._adapters:
+            self._adapters.pop(name).environment.close()
         for ref in [ref for ref in self._announced if ref.name == name]:
             del self._announced[ref]
         await self._engine.call("slab_discard", name)
@@ -227,7 +229,7 @@ class Sampler:
             raise InstallError(f"sampler {self._index} has no adapter {message.ref.name!r}")
         started = time.monotonic()
         with blamed_on(adapter.config.name, "its environment's prompt"):
-            prompt = adapter.environment.prompt(message.prompt_index, message.held_out)
+            prompt = await adapter.environment.prompt(message.prompt_index, message.held_out)
             tokens = self._chat.prompt(prompt)
         self._check_length(adapter.config.name, message.prompt_index, tokens)
         leases = [self._leases.acquire(message.ref) for _ in range(message.group_size)]

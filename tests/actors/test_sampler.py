@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,6 +167,17 @@ class Reference:
         return np.concatenate([[0.0], found.numpy()])
 
 
+class Gate:
+    """An event that an environment, on its own thread, and the test both know."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self.set = self._event.set
+
+    async def wait(self) -> None:
+        await asyncio.to_thread(self._event.wait, 60)
+
+
 @dataclass
 class Bench:
     """One sampler and the loop it lives on."""
@@ -217,9 +229,9 @@ class Bench:
         assert isinstance(found, SamplerStatistics)
         return found
 
-    def gate(self, name: str) -> tuple[asyncio.Event, asyncio.Event]:
+    def gate(self, name: str) -> tuple[Gate, Gate]:
         """(a reply waits, let it go)"""
-        self.environments.arrived[name], self.environments.gates[name] = asyncio.Event(), asyncio.Event()
+        self.environments.arrived[name], self.environments.gates[name] = Gate(), Gate()
         return self.environments.arrived[name], self.environments.gates[name]
 
     def check(self, group: Group, ref: AdapterRef | None = None, temperature: float = 1.0) -> None:

@@ -1,0 +1,132 @@
+"""A task that does not give way holds up its own adapter, and nobody else."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from weft.actors.base_model import tiny_path
+from weft.actors.environment import Prompt, Reply
+from weft.actors.environment_thread import EnvironmentThread
+from weft.actors.episode import Bounds, Chat, Turn, run_episode
+from weft.transport.errors import AdapterFault
+from weft.transport.messages import AdapterRef, Sample
+
+PROMPT = Prompt([{"role": "user", "content": "2 + 2?"}])
+
+
+class Task:
+    """Does `what` in each call of respond."""
+
+    num_prompts = 5
+
+    def __init__(self, what: Callable[[], Any] = lambda: None) -> None:
+        self.what = what
+        self.loops: list[asyncio.AbstractEventLoop] = []
+
+    def prompt(self, index: int, held_out: bool) -> Prompt:
+        self.what()
+        return PROMPT
+
+    async def respond(self, prompt: Prompt, turns: Any) -> Reply:
+        self.loops.append(asyncio.get_running_loop())
+        self.what()
+        await asyncio.sleep(0)
+        return Reply(done=True, reward=1.0)
+
+
+async def play(environment: EnvironmentThread, reply_s: float = 60.0) -> Sample:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path())
+
+    async def generate(tokens: Any, ref: AdapterRef, room: int, seed: int) -> Turn:
+        return Turn([tokenizer.eos_token_id], [-0.5], "4")
+
+    chat = Chat(tokenizer)
+    bounds = Bounds(max_turns=2, max_tokens=4, max_length=100, reply_s=reply_s)
+    return await run_episode(
+        "a", environment, PROMPT, chat.prompt(PROMPT), chat, generate, bounds, lambda: AdapterRef("a", 0, 0), hash
+    )
+
+
+@pytest.fixture
+def released() -> Any:
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def blocks(released: threading.Event) -> None:
+    released.wait()
+
+
+def computes(released: threading.Event) -> None:
+    for _ in itertools.takewhile(lambda _: not released.is_set(), itertools.count()):
+        pass
+
+
+@pytest.mark.parametrize("way", [blocks, computes])
+def test_a_task_that_never_gives_way_ends_by_its_deadline_while_the_others_go_on(way: Any, released: threading.Event) -> None:
+    async def law() -> None:
+        stuck, lively = EnvironmentThread("stuck", Task(lambda: way(released))), EnvironmentThread("lively", Task())
+        async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
+            waiting = tasks.create_task(fault_of(play(stuck, reply_s=1.0)))
+            for _ in range(3):
+                assert (await play(lively)).reward == 1.0
+            fault = await waiting
+        assert fault.kind == "TimeoutError"
+        assert "no reply within 1 s" in str(fault)
+        stuck.close()
+        lively.close()
+
+    asyncio.run(law())
+
+
+def test_a_prompt_that_does_not_come_is_waited_for_beside_the_others(released: threading.Event) -> None:
+    async def law() -> None:
+        stuck, lively = EnvironmentThread("stuck", Task(lambda: blocks(released))), EnvironmentThread("lively", Task())
+        async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
+            waiting = tasks.create_task(stuck.prompt(0, False))
+            assert await lively.prompt(0, False) == PROMPT
+            released.set()
+            assert await waiting == PROMPT
+
+    asyncio.run(law())
+
+
+def test_sys_exit_in_a_task_is_its_adapters_fault_and_the_thread_goes_on() -> None:
+    async def law() -> None:
+        task = Task(lambda: sys.exit(3))
+        environment = EnvironmentThread("a", task)
+        fault = await fault_of(play(environment))
+        assert fault.kind == "SystemExit"
+        task.what = lambda: None
+        assert (await play(environment)).reward == 1.0
+        assert len(set(task.loops)) == 1, "what the task keeps may belong to its loop"
+
+    asyncio.run(law())
+
+
+def test_a_closed_one_leaves_no_thread() -> None:
+    async def law() -> None:
+        environment = EnvironmentThread("closed", Task())
+        await environment.prompt(0, False)
+        (thread,) = (thread for thread in threading.enumerate() if thread.name == "environment of closed")
+        environment.close()
+        await asyncio.to_thread(thread.join, 10)
+        assert not thread.is_alive()
+        environment.close()
+
+    asyncio.run(law())
+
+
+async def fault_of(call: Any) -> AdapterFault:
+    with pytest.raises(AdapterFault) as caught:
+        await call
+    return caught.value
