@@ -25,11 +25,12 @@ from weft.actors.lora import LoraBatch
 from weft.actors.recompute import Recompute, choose_recompute
 from weft.actors.slab_batch import LinearGroup, SlabBatch
 from weft.kernels.fp8 import Fp8Weight, can_multiply, quantize_weight
-from weft.kernels.lora import fused_lora_linear, slab_linear, slab_swiglu_linear
+from weft.kernels.lora import fused_lora_linear, slab_linear, slab_mlp
 from weft.kernels.lora.tables import Tables
 
 if TYPE_CHECKING:
     from weft.kernels.lora.fp8 import Fp8Linear
+    from weft.kernels.lora.linears import Frozen
 
 __all__ = ["Decoder", "check_folder", "load_model", "read_config", "save_model"]
 
@@ -64,11 +65,11 @@ class Linear(nn.Module):
         assert self.narrow is not None
         return Fp8Linear(self.narrow, self.bias, tables, None if tables is None else tables.groups[self.index])
 
-    def after_swiglu(self, gate_up: Tensor, lora: LoraBatch | Tables | None) -> Tensor:
-        """gate_up [T, 2 I] -> [T, sum(widths)] of silu(gate) * up"""
-        if isinstance(lora, Tables):
-            return slab_swiglu_linear(gate_up, self.weight, self.bias, lora, lora.groups[self.index])
-        return self(swiglu(gate_up), lora)
+    def frozen(self, tables: Tables) -> Frozen:
+        """What the MLP's kernels take."""
+        from weft.kernels.lora.linears import Frozen  # needs a GPU's driver
+
+        return Frozen(self.weight, self.bias, tables.groups[self.index])
 
 
 class Layer(nn.Module):
@@ -123,7 +124,9 @@ class Layer(nn.Module):
         q, k, v = heads(qkv, self.q_norm, self.k_norm, cos, sin, *sizes)
         delta = self.o(attention(q, k, v).flatten(1), lora)
         x, scaled, source = normed(self.mlp_norm)
-        return x, self.down.after_swiglu(self.gate_up(scaled, lora, source), lora)
+        if isinstance(lora, Tables):
+            return x, slab_mlp(scaled, self.gate_up.frozen(lora), self.down.frozen(lora), lora, source)
+        return x, self.down(swiglu(self.gate_up(scaled, lora)), lora)
 
     def _forward_fp8(
         self,
@@ -169,7 +172,7 @@ class Decoder(nn.Module):
         device = self.head.device
         if wanted and (not can_multiply(device) or self.head.dtype != torch.bfloat16):
             dtype = str(self.head.dtype).removeprefix("torch.")
-            raise ValueError(f"base_precision='fp8': needs bfloat16 on a Hopper GPU or later, the base is {dtype} on {device}")
+            raise ValueError(f"FP8 products need a base in bfloat16 on a Hopper GPU or later, this one is {dtype} on {device}")
         for layer in self.layers:
             for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
                 linear.narrow = quantize_weight(linear.weight) if wanted else None

@@ -22,7 +22,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     tokens, size = x.shape
     q, scales = _empty(x, size)
     block = triton.next_power_of_2(size)
-    _quantize[(tokens,)](
+    _fp8_quantize[(tokens,)](
         x, q, scales, size, LARGEST=LARGEST, SMALLEST=SMALLEST_ROW, BLOCK=block, num_warps=8 if block > 2048 else 4
     )
     return q, scales
@@ -34,7 +34,7 @@ def norm_rows(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tu
     total = x if delta is None else torch.empty_like(x)
     q, scales = _empty(x, size)
     block = triton.next_power_of_2(size)
-    _norm[(tokens,)](
+    _fp8_norm[(tokens,)](
         x, x if delta is None else delta, weight, total, q, scales, size, eps,
         LARGEST=LARGEST, SMALLEST=SMALLEST_ROW, ADD=delta is not None, BLOCK=block, num_warps=8 if block > 2048 else 4,
     )  # fmt: skip
@@ -46,7 +46,7 @@ def swiglu_rows(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     q, scales = _empty(gate_up, width)
     block = triton.next_power_of_2(width)
-    _swiglu[(tokens,)](
+    _fp8_swiglu[(tokens,)](
         gate_up, q, scales, width, LARGEST=LARGEST, SMALLEST=SMALLEST_ROW, BLOCK=block, num_warps=16 if block > 4096 else 4
     )
     return q, scales
@@ -58,7 +58,7 @@ def swiglu_gradient(gate_up: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, 
     grad, grad_scales = _empty(gate_up, 2 * width)
     q, scales = _empty(gate_up, width)
     block = min(CHUNK, triton.next_power_of_2(width))
-    _swiglu_gradient[(tokens,)](
+    _fp8_swiglu_gradient[(tokens,)](
         gate_up, grad_out, grad, grad_scales, q, scales, width, LARGEST=LARGEST, SMALLEST=SMALLEST_ROW, BLOCK=block, num_warps=8
     )
     return grad, grad_scales, q, scales
@@ -82,7 +82,7 @@ def _store_row(q, scales, row, at, value, largest, mask, LARGEST: tl.constexpr):
 
 
 @triton.jit
-def _quantize(x, q, scales, size, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, BLOCK: tl.constexpr):
+def _fp8_quantize(x, q, scales, size, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     c = tl.arange(0, BLOCK)
     at = row.to(tl.int64) * size + c
@@ -92,7 +92,7 @@ def _quantize(x, q, scales, size, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
 
 
 @triton.jit
-def _norm(
+def _fp8_norm(
     x, delta, weight, total, q, scales, size, eps, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +111,7 @@ def _norm(
 
 
 @triton.jit
-def _swiglu(gate_up, q, scales, width, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, BLOCK: tl.constexpr):
+def _fp8_swiglu(gate_up, q, scales, width, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     c = tl.arange(0, BLOCK)
     mask = c < width
@@ -136,7 +136,7 @@ def _gradients(gate_up, grad_out, row, c, width):
 
 
 @triton.jit
-def _swiglu_gradient(
+def _fp8_swiglu_gradient(
     gate_up, grad_out, grad, grad_scales, q, scales, width, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0)

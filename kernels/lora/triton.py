@@ -17,6 +17,7 @@ from torch import Tensor
 from weft.kernels.lora.tables import TILE, Group, Tables
 
 WIDEST_SHARED = 128  # rows of all parts that one program of shrink or outer holds; beyond it each part reads for itself
+SUMMED = 32  # columns of one program that adds up chunks: few read little each, and wait
 EXPAND = {"BLOCK_T": 64, "BLOCK_O": 128, "SPAN": 4, "num_warps": 4, "num_stages": 2}  # best of eleven (bench_lora.py, H200)
 
 
@@ -37,7 +38,7 @@ def shrink(
             x, low, x if scales is None else scales, tables.wide, own.tiles, tables.ranks, tables.scales, group.first[kind],
             group.first["columns"], tables.adapters, x.stride(0), low.stride(0), group.in_features,
             PARTS=together, TRANSPOSED=not shared, ALIGN=group.align, STEP=group.align // low.element_size(),
-            COLUMN_STEP=_column_step(group, x), EVEN=even, SCALED=scales is not None, PRECISION=_precision(low),
+            COLUMN_STEP=_column_step(group, x), EVEN=even, SCALED=scales is not None, PRECISION=precision(low),
             BLOCK_T=TILE, BLOCK_R=block_r, BLOCK_K=depth, num_warps=8 if block_r > 64 else 4,
             num_stages=_stages(low),
         )  # fmt: skip
@@ -63,7 +64,7 @@ def expand(low: Tensor, tables: Tables, group: Group, kind: str, bias: Tensor | 
             low, out, bias if bias is not None else low, tables.wide, own.tiles, tables.ranks, group.first[kind],
             group.first["columns"], tables.adapters, low.stride(0), width,
             PARTS=1 if forward else parts, TRANSPOSED=forward, BIAS=bias is not None, ADD=onto is not None, ALIGN=group.align,
-            STEP=group.align // low.element_size(), EVEN=even, PRECISION=_precision(low), SPLIT=TILE // block_t,
+            STEP=group.align // low.element_size(), EVEN=even, PRECISION=precision(low), SPLIT=TILE // block_t,
             BLOCK_R=own.block, **settings,
         )  # fmt: skip
     return out
@@ -88,11 +89,12 @@ def outer(low: Tensor, y: Tensor, tables: Tables, group: Group, kind: str, scale
         _outer[(*grid, len(own.chunks))](
             low, y, y if scales is None else scales, sums, own.chunks, *places, low.stride(0), y.stride(0), wide, part_rows,
             group.in_features, STEP=group.align // low.element_size(), COLUMN_STEP=_column_step(group, y), EVEN=even,
-            SCALED=scales is not None, PRECISION=_precision(low),
+            SCALED=scales is not None, PRECISION=precision(low),
             BLOCK_T=64, num_warps=8 if block_r * block_c >= 16384 else 4, num_stages=_stages(low) - 1, **shape,
         )  # fmt: skip
         if own.slots:
-            _add_slots[(*grid, len(own.sums))](sums, own.sums, *places, wide, part_rows, group.in_features, **shape)
+            grid = (triton.cdiv(wide, SUMMED), parts // together, len(own.sums))
+            _add_slots[grid](sums, own.sums, *places, wide, part_rows, group.in_features, **shape | {"BLOCK_C": SUMMED})
 
 
 def _column_step(group: Group, x: Tensor) -> int:
@@ -101,7 +103,8 @@ def _column_step(group: Group, x: Tensor) -> int:
     return step if group.align == 16 and not any(width % step for width in group.widths) else 1
 
 
-def _precision(x: Tensor) -> str:
+def precision(x: Tensor) -> str:
+    """Of products of x."""
     return "ieee" if x.dtype == torch.float32 else "tf32"  # of products of fp32 alone
 
 

@@ -1,5 +1,24 @@
-"""One adapter's slab into the stacked LoRA buffers of a sampler."""
+"""One adapter's slab into one slot of the stacked LoRA buffers of a sampler."""
 
-from weft.kernels.pack.reference import scatter_slab
+from __future__ import annotations
 
-__all__ = ["scatter_slab"]
+from torch import Tensor
+
+from weft.kernels.pack import reference
+from weft.kernels.pack.places import Places, Target, pair_targets
+
+__all__ = ["Places", "Target", "pair_targets", "scatter_slab"]
+
+
+def scatter_slab(slab: Tensor, places: Places, slot: int, scale: float) -> Tensor:
+    """Fill one slot of every stack from a slab (flat, any float type): what the slab has no weights for is zero, and `scale` =
+    alpha / rank is folded into each B, in fp32, before it is rounded to the stack's type; the slab itself is unchanged, so that
+    to fold it a second time is impossible. Returns int32 [1], on the slab's device: not 0 if some weight is not finite, and
+    then the slot must not be used. On CUDA this is one launch, and nothing waits for it."""
+    assert slab.dim() == 1 and slab.is_contiguous(), f"a slab is flat, not {tuple(slab.shape)}"
+    assert slab.numel() == places.end, f"the places take {places.end} elements, the slab has {slab.numel()}"
+    if slab.device.type == "cuda":
+        from weft.kernels.pack import triton  # needs a GPU's driver, or its interpreter
+
+        return triton.scatter_slab(slab, places, slot, scale)
+    return reference.scatter_slab(slab, places, slot, scale)
