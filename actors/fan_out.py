@@ -1,7 +1,7 @@
 """One slab to many samplers: announced, broadcast, installed; a sampler that dies in between holds nobody up.
 
-    Receive to each ──> all have answered ──> one broadcast to the group ──> Install to each ──> all have answered
-                └───────────────── one slab at a time ─────────────────┘
+    Receive to each, and at once the broadcast that they take part in ──> all have it ──> Install to each ──> all have answered
+    └──────────────────── one slab at a time ────────────────────────────────────────┘
 
 The samplers that a slab goes to form one broadcast group, made when it is first needed and kept for the next slab. Whatever
 goes wrong in a group dissolves it, and those that still wait get the slab under a new epoch.
@@ -153,12 +153,26 @@ class FanOut:
     async def _announce_and_broadcast(
         self, handle: SlabHandle, slab: torch.Tensor, group: _Group, times: Times
     ) -> dict[Peer, WeftError]:
-        """Why those that cannot receive it cannot; nothing was broadcast then."""
-        errors = await _ask(group.peers, lambda peer: self._receive(handle, group, peer), self._config.deadline_s)
+        """Why those that cannot receive it cannot. The broadcast begins at once, and meets those that have been told of it."""
+        started = time.monotonic()
+        failure: WeftError | None = None
+
+        async def broadcast() -> None:
+            nonlocal failure
+            try:
+                await asyncio.to_thread(group.link.broadcast, self._placed(slab))
+            except WeftError as error:  # raised below, unless it is that the group was ended: a TaskGroup would wrap it
+                failure = error
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(broadcast())
+            errors = await _ask(group.peers, lambda peer: self._receive(handle, group, peer), self._config.deadline_s)
+            if errors:
+                self._end(group)  # who was told waits no more, and is told again
         if errors:
             return errors
-        started = time.monotonic()
-        await asyncio.to_thread(group.link.broadcast, self._placed(slab))
+        if failure is not None:
+            raise failure
         times.broadcast += time.monotonic() - started
         self.bytes_sent += slab.nbytes * len(group.peers)
         return {}

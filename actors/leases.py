@@ -51,8 +51,12 @@ class Leases:
         version = self._versions.get(ref)
         return version is not None and not version.retired
 
-    def reserve(self, ref: AdapterRef) -> Version:
-        """A place and a fresh id for `ref`, which no rollout can name before `publish`.
+    def new_id(self) -> int:
+        """A number that no version had or will have."""
+        return next(self._ids)
+
+    def reserve(self, ref: AdapterRef, lora_id: int) -> Version:
+        """A place for `ref`, which no rollout can name before `publish`. lora_id: of `new_id`.
 
         Raises InstallError when every place is taken.
         """
@@ -62,7 +66,7 @@ class Leases:
                 f"{ref}: {len(self._versions)} versions are live and max_live_versions is {self.limit}; live: {held}"
             )
         assert ref not in self._versions, f"{ref} has a place already"
-        version = self._versions[ref] = Version(ref, next(self._ids), retired=True, removing=True)
+        version = self._versions[ref] = Version(ref, lora_id, retired=True, removing=True)
         return version
 
     def publish(self, version: Version) -> None:

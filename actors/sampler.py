@@ -80,7 +80,7 @@ class Sampler:
         self._tolerance = CANARY_TOLERANCE[model_dtype]
         self._leases = Leases(max_live_versions)
         self._adapters: dict[str, _Adapter] = {}
-        self._announced: dict[AdapterRef, Receive] = {}
+        self._announced: dict[AdapterRef, tuple[Receive, int]] = {}  # with the id that it will have in the engine
         self._installing: dict[AdapterRef, asyncio.Event] = {}
         self._in_flight = self._installs = 0
         self._busy = _BusyClock()
@@ -153,11 +153,15 @@ class Sampler:
         keys = ("store", "epoch", "rank", "world_size", "backend", "deadline_s")
         group = None if handle.data is not None else {key: getattr(message, key) for key in keys}
         data = None if handle.data is None else handle.data.tobytes()
+        for stale in [ref for ref in self._announced if ref.name == handle.ref.name and ref not in self._installing]:
+            del self._announced[stale]  # it never was installed, and would keep its slot
+            await self._engine.call("slab_discard", str(stale))
         try:
-            await self._engine.call("slab_receive", str(handle.ref), slab, group, data)
+            lora_id = self._leases.new_id()
+            await self._engine.call("slab_receive", str(handle.ref), slab, group, data, lora_id)
         except CallError as error:
             raise InstallError(f"sampler {self._index} cannot take {handle.ref}: {error}") from error
-        self._announced[handle.ref] = message
+        self._announced[handle.ref] = (message, lora_id)
         return Done()
 
     async def _install(self, ref: AdapterRef) -> Done:
@@ -167,11 +171,11 @@ class Sampler:
             if self._announced.pop(ref, None) is not None:  # the slab came again, of a version that had stayed
                 await self._engine.call("slab_discard", str(ref))
             return Done()
-        message = self._announced.get(ref)
-        if message is None:
+        if ref not in self._announced:
             raise InstallError(f"sampler {self._index}: no slab of {ref} was announced")
         await self._remove_retired()
-        version = self._leases.reserve(ref)
+        message, lora_id = self._announced[ref]
+        version = self._leases.reserve(ref, lora_id)
         self._installing[ref] = asyncio.Event()
         try:
             await self._apply(version, message.deadline_s)

@@ -1,11 +1,13 @@
 """What of the sampler runs inside vLLM's worker: adapters from memory into the engine, beside running requests.
 
-    slab_receive ──> side thread: broadcast (or bytes) -> check -> scale, cast: a LoRAModel    the engine never waits
-    slab_install ──> engine's thread, between two steps: into the stacked buffers              a copy, milliseconds
-    slab_remove
+    slab_receive ──> a free slot of vLLM's stacked buffers is claimed
+                     side thread: broadcast (or bytes) ──> kernels.pack into the slot ──> live    the engine never waits
+    slab_install ──> known to vLLM by its id, as it is before the first step that names it
+    slab_remove  ──> the slot is free
 
 vLLM imports this module in the process of its engine alone, before the model is loaded, and mixes `SamplerExtension`
-into its worker. Everything that crosses is plain: strings, numbers, bytes, dicts.
+into its worker. Everything that crosses is plain: strings, numbers, bytes, dicts. A slot that is being filled is no running
+request's, so steps and copies do not disturb each other; vLLM's own tables are touched by the engine's thread alone.
 """
 
 from __future__ import annotations
@@ -17,20 +19,26 @@ import os
 import queue
 import signal
 import threading
+import time
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from vllm.lora.lora_model import LoRAModel
-from vllm.lora.lora_weights import LoRALayerWeights
 
 from weft.actors.lora import SlabLayout, linear_shapes
 from weft.actors.sampler_lora import use_grouped_lora
+from weft.kernels.pack import Places, pair_targets, scatter_slab
 from weft.transport.broadcast import BroadcastGroup
 
 PENDING, INSTALLED = "pending", "installed"
+MAX_FORMS = 64  # layouts whose places are kept; an adapter has one
+MAX_TIMES = 64  # arrivals whose time is kept
 MAX_WAITING = 64  # slabs on their way over one group
 MAX_LINES = 8  # groups kept; a relay keeps fewer, and never comes back to an epoch that it has left
 
@@ -55,20 +63,42 @@ _end_with_parent()
 use_grouped_lora()
 
 
+@dataclass
+class _Form:
+    """What slabs of one layout have in common. places: of every linear of the engine, those too that the layout leaves out."""
+
+    layout: SlabLayout
+    places: Places
+
+
+@dataclass
+class _Arrival:
+    """One slab on its way to `slot`, which it has until it is discarded or its id is removed. None: none was free; then `raw`
+    (uint8) waits for the install."""
+
+    lora_id: int
+    form: _Form
+    dtype: torch.dtype
+    scale: float
+    slot: int | None
+    raw: torch.Tensor | None = None
+    discarded: bool = False
+    settled: Future[None] = field(default_factory=Future)
+
+
 class _Line:
     """One broadcast group and the thread that receives over it, in the order of asking. A fault ends it and what waits."""
 
-    def __init__(self, group: dict[str, Any]) -> None:
+    def __init__(self, group: dict[str, Any], device: torch.device) -> None:
         self._link = BroadcastGroup(**group)
-        self._jobs: queue.Queue[tuple[torch.Tensor, Future[torch.Tensor]] | None] = queue.Queue(MAX_WAITING)
+        self._device = device if group["backend"] == "nccl" else torch.device("cpu")
+        self._jobs: queue.Queue[tuple[int, Callable[[torch.Tensor | BaseException], None]] | None] = queue.Queue(MAX_WAITING)
         self.broken: BaseException | None = None
         threading.Thread(target=self._serve, name=f"weft-{group['epoch']}", daemon=True).start()
 
-    def receive(self, raw: torch.Tensor) -> Future[torch.Tensor]:
-        """The next broadcast fills `raw` (uint8). Raises queue.Full when too many wait."""
-        done: Future[torch.Tensor] = Future()
-        self._jobs.put_nowait((raw, done))
-        return done
+    def receive(self, nbytes: int, then: Callable[[torch.Tensor | BaseException], None]) -> None:
+        """`then` gets the next broadcast (uint8), or why it did not come. Raises queue.Full when too many wait."""
+        self._jobs.put_nowait((nbytes, then))
 
     def close(self) -> None:
         """Leave the group; what still waits for it fails."""
@@ -77,22 +107,23 @@ class _Line:
 
     def _serve(self) -> None:
         while (job := self._jobs.get()) is not None:
-            raw, done = job
+            nbytes, then = job
             try:
+                raw = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
                 self._link.broadcast(raw)
             except Exception as error:  # noqa: BLE001 whatever it is, the waiting install reports it; the group is lost
                 self._link.close()
                 self.broken = error
-                done.set_exception(error)
+                then(error)
             else:
-                done.set_result(raw)
+                then(raw)
 
 
 class SamplerExtension:
     """Mixed into vLLM's worker, which `self` is. State is made on first use: the worker's constructor knows nothing of it."""
 
     @cached_property
-    def weft_arrivals(self) -> dict[str, Future[dict[str, LoRALayerWeights]]]:
+    def weft_arrivals(self) -> dict[str, _Arrival]:
         return {}
 
     @cached_property
@@ -100,118 +131,222 @@ class SamplerExtension:
         return {}
 
     @cached_property
+    def weft_forms(self) -> dict[tuple[tuple[str, ...], int], _Form]:
+        return {}
+
+    @cached_property
+    def weft_times(self) -> deque[tuple[str, float]]:
+        return deque(maxlen=MAX_TIMES)
+
+    @cached_property
+    def weft_live(self) -> deque[_Arrival]:
+        """In their slots, and not yet known to vLLM."""
+        return deque()
+
+    @cached_property
+    def weft_filling(self) -> threading.Lock:
+        """Held while a slot is filled."""
+        return threading.Lock()
+
+    @cached_property
     def weft_shapes(self) -> dict[str, tuple[int, int]]:
         config = Path(self.model_config.model) / "config.json"  # type: ignore[attr-defined]
         return linear_shapes(json.loads(config.read_text()))
 
-    @property
+    @cached_property
     def weft_manager(self) -> Any:
-        return self.model_runner.lora_manager._adapter_manager  # type: ignore[attr-defined]
+        """vLLM's manager of adapters, which from now on learns of those that are live before each step that names adapters."""
+        worker_manager = self.model_runner.lora_manager  # type: ignore[attr-defined]
+        manager, theirs = worker_manager._adapter_manager, worker_manager._apply_adapters
 
-    def slab_receive(self, key: str, slab: dict[str, Any], group: dict[str, Any] | None, data: bytes | None) -> None:
-        """Expect the slab `key`; returns at once. slab: nbytes, dtype, rank, scale, modules. group: BroadcastGroup's arguments.
-        data: the bytes themselves, and then there is no broadcast.
+        def apply(requests: set[Any]) -> None:
+            self._register()
+            strangers = {one for one in requests if one and one.lora_int_id not in manager._registered_adapters}
+            if strangers:
+                theirs(strangers)
+
+        worker_manager._apply_adapters = apply
+        return manager
+
+    def slab_receive(
+        self, key: str, slab: dict[str, Any], group: dict[str, Any] | None, data: bytes | None, lora_id: int
+    ) -> None:
+        """Expect the slab `key`, which will be adapter `lora_id`; returns at once. slab: nbytes, dtype, rank, scale, modules.
+        group: BroadcastGroup's arguments. data: the bytes themselves, and then there is no broadcast.
 
         Raises ValueError for a slab that cannot fit this engine.
         """
-        layout = self._layout(key, slab)
-        arrival: Future[dict[str, LoRALayerWeights]] = Future()
-        if data is not None:
-            received: Future[torch.Tensor] = Future()
-            received.set_result(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        else:
-            assert group is not None, "either bytes or a group"
-            received = self._line(group).receive(self._buffer(slab["nbytes"], group["backend"]))
+        form = self._form(key, slab)
+        self._forget(key)
+        arrival = _Arrival(lora_id, form, getattr(torch, slab["dtype"]), slab["scale"], self._claim(lora_id))
         self.weft_arrivals[key] = arrival
 
-        def prepare() -> None:
+        def settle(came: torch.Tensor | BaseException) -> None:
             try:
-                arrival.set_result(self._weights(key, slab, layout, received.result()))
+                if isinstance(came, BaseException):
+                    raise came
+                self._settle(key, arrival, came)
+                arrival.settled.set_result(None)
             except Exception as error:  # noqa: BLE001 the waiting install reports it
-                arrival.set_exception(error)
+                arrival.settled.set_exception(error)
 
-        threading.Thread(target=prepare, name=f"weft-{key}", daemon=True).start()
+        if data is not None:
+            raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            threading.Thread(target=settle, args=(raw,), name=f"weft-{key}", daemon=True).start()
+        else:
+            assert group is not None, "either bytes or a group"
+            self._line(group).receive(slab["nbytes"], settle)
 
     def slab_install(self, key: str, lora_id: int) -> str:
-        """Put a received slab into the engine under `lora_id`: INSTALLED, or PENDING while it is on its way. Never waits.
+        """Have vLLM know a received slab as `lora_id`: INSTALLED, or PENDING while it is on its way. Never waits.
 
         Raises what went wrong on the way, or KeyError if nothing was announced.
         """
         if key not in self.weft_arrivals:
             raise KeyError(f"{key}: no slab of this name was announced")
-        if not self.weft_arrivals[key].done():
+        arrival = self.weft_arrivals[key]
+        assert arrival.lora_id == lora_id, f"{key} was announced as {arrival.lora_id}, not {lora_id}"
+        if not arrival.settled.done():
             return PENDING
-        loras = self.weft_arrivals.pop(key).result()
-        manager = self.weft_manager
-        if len(manager) >= manager.lora_slots:  # vLLM would evict the oldest, which a rollout may be using
-            raise RuntimeError(f"{key}: all {manager.lora_slots} places of the engine are taken")
-        rank = max(weights.rank for weights in loras.values())
-        manager.add_adapter(LoRAModel(lora_id, rank, loras))
-        manager.activate_adapter(lora_id)
+        del self.weft_arrivals[key]
+        try:
+            arrival.settled.result()
+            if arrival.slot is None:
+                arrival.slot = self._claim(lora_id)
+                if arrival.slot is None:  # vLLM would evict the oldest, which a rollout may be using
+                    raise RuntimeError(f"{key}: all {self.weft_manager.lora_slots} places of the engine are taken")
+                assert arrival.raw is not None
+                self._settle(key, arrival, arrival.raw)
+        except BaseException:
+            self._free(lora_id)
+            raise
+        self._register()
         return INSTALLED
 
     def slab_discard(self, prefix: str) -> None:
         """Forget announced slabs that are not installed: of the key `prefix`, and of all below it (name/lineage/version)."""
         for key in [key for key in self.weft_arrivals if f"{key}/".startswith(f"{prefix}/")]:
-            del self.weft_arrivals[key]
+            self._forget(key)
 
     def slab_remove(self, lora_id: int) -> None:
         """Free the place of `lora_id`. The caller knows that no request names it any more."""
+        self._register()
         self.weft_manager.remove_adapter(lora_id)
+        self._free(lora_id)
 
     def slab_statistics(self) -> dict[str, Any]:
-        """pid of this process, and the ids that the engine holds."""
-        return {"pid": os.getpid(), "lora_ids": sorted(self.weft_manager.list_adapters())}
+        """pid of this process, the ids that the engine holds, and when (time.monotonic) the last slabs were live."""
+        self._register()
+        return {
+            "pid": os.getpid(),
+            "lora_ids": sorted(self.weft_manager.list_adapters()),
+            "live": dict(self.weft_times),
+        }
+
+    # ---- slots: the engine's thread ----
+
+    def _claim(self, lora_id: int) -> int | None:
+        """A free slot, which is `lora_id`'s from now on."""
+        index_to_id: list[int | None] = self.weft_manager.lora_index_to_id
+        if None not in index_to_id:
+            return None
+        slot = index_to_id.index(None)
+        index_to_id[slot] = lora_id
+        return slot
+
+    def _free(self, lora_id: int) -> None:
+        index_to_id: list[int | None] = self.weft_manager.lora_index_to_id
+        if lora_id in index_to_id:
+            index_to_id[index_to_id.index(lora_id)] = None
+
+    def _forget(self, key: str) -> None:
+        arrival = self.weft_arrivals.pop(key, None)
+        if arrival is not None:
+            with self.weft_filling:
+                arrival.discarded = True
+            self._register()
+            self.weft_manager.remove_adapter(arrival.lora_id)
+            self._free(arrival.lora_id)
+
+    def _register(self) -> None:
+        """Tell vLLM of what is live. Its tables are no other thread's."""
+        manager = self.weft_manager
+        while self.weft_live:
+            arrival = self.weft_live.popleft()
+            manager._registered_adapters[arrival.lora_id] = LoRAModel(arrival.lora_id, arrival.form.layout.rank, {})
+            manager._active_adapters[arrival.lora_id] = None
+
+    # ---- filling: the thread that received it ----
+
+    def _settle(self, key: str, arrival: _Arrival, raw: torch.Tensor) -> None:
+        """Into its slot, if it has one. Raises ValueError when a weight is not finite."""
+        if arrival.slot is None:
+            arrival.raw = raw
+            return
+        with self.weft_filling:
+            if arrival.discarded:
+                return
+            if self._fill(arrival, raw):
+                raise ValueError(f"{key}: not every weight is finite")
+            self.weft_times.append((key, time.monotonic()))
+            self.weft_live.append(arrival)
+        arrival.raw = None
+
+    def _fill(self, arrival: _Arrival, raw: torch.Tensor) -> bool:
+        """Whether some weight is not finite, once the slot is filled."""
+        device = self.device  # type: ignore[attr-defined]
+        assert arrival.slot is not None
+        if device.type == "cpu":
+            fault = scatter_slab(raw.view(arrival.dtype), arrival.form.places, arrival.slot, arrival.scale)
+            return bool(fault.item())
+        torch.cuda.set_device(device)
+        with torch.cuda.stream(self.weft_stream):  # not behind the engine's own work
+            there = raw.to(device, non_blocking=True).view(arrival.dtype)
+            return bool(scatter_slab(there, arrival.form.places, arrival.slot, arrival.scale).item())
+
+    @cached_property
+    def weft_stream(self) -> Any:
+        return torch.cuda.Stream(self.device, priority=-1)  # type: ignore[attr-defined, no-untyped-call]
 
     def _line(self, group: dict[str, Any]) -> _Line:
         lines = self.weft_lines
         line = lines.pop(group["epoch"], None)
         if line is None or line.broken is not None:
-            line = _Line(group)
+            line = _Line(group, self.device)  # type: ignore[attr-defined]
         lines[group["epoch"]] = line  # the last is the one used last
         broken = [epoch for epoch, held in lines.items() if held.broken is not None]
         for epoch in broken + [epoch for epoch in lines if epoch not in broken][:-MAX_LINES]:
             lines.pop(epoch).close()
         return line
 
-    def _buffer(self, nbytes: int, backend: str) -> torch.Tensor:
-        device = self.device if backend == "nccl" else "cpu"  # type: ignore[attr-defined]
-        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    # ---- layouts ----
 
-    def _layout(self, key: str, slab: dict[str, Any]) -> SlabLayout:
-        """The layout of a slab, once it is known to fit the model and the engine."""
-        layout = SlabLayout.build(self.weft_shapes, slab["modules"], slab["rank"])
-        itemsize = getattr(torch, slab["dtype"]).itemsize
-        if layout.numel * itemsize != slab["nbytes"]:
-            raise ValueError(
-                f"{key}: {slab['nbytes']} bytes, but these modules at rank {slab['rank']} take {layout.numel * itemsize}"
-            )
+    def _form(self, key: str, slab: dict[str, Any]) -> _Form:
+        """The form of a slab, once it is known to fit the model and the engine."""
+        rank = slab["rank"]
         limit = self.lora_config.max_lora_rank  # type: ignore[attr-defined]
-        if slab["rank"] > limit:
-            raise ValueError(f"{key}: rank {slab['rank']} is above the engine's max_lora_rank {limit}")
+        if rank > limit:
+            raise ValueError(f"{key}: rank {rank} is above the engine's max_lora_rank {limit}")
+        name = (tuple(slab["modules"]), rank)
+        form = self.weft_forms.pop(name, None) or self._new_form(key, *name)
+        self.weft_forms[name] = form
+        if len(self.weft_forms) > MAX_FORMS:
+            del self.weft_forms[next(iter(self.weft_forms))]
+        needed = form.layout.numel * getattr(torch, slab["dtype"]).itemsize
+        if needed != slab["nbytes"]:
+            raise ValueError(f"{key}: {slab['nbytes']} bytes, but these modules at rank {rank} take {needed}")
+        return form
+
+    def _new_form(self, key: str, modules: tuple[str, ...], rank: int) -> _Form:
+        layout = SlabLayout.build(self.weft_shapes, modules, rank)
         manager = self.weft_manager
-        known = set(manager.modules).union(*manager.packed_modules.values())
-        strangers = [name for name in layout.modules if name not in known]  # vLLM would leave them out in silence
-        if strangers:
-            raise ValueError(f"{key}: the engine applies no LoRA to {strangers[0]!r}")
-        return layout
-
-    def _weights(self, key: str, slab: dict[str, Any], layout: SlabLayout, raw: torch.Tensor) -> dict[str, LoRALayerWeights]:
-        """vLLM's weights of one slab, the scale folded into B here and nowhere else (scaling=1 tells vLLM so)."""
-        if raw.is_cuda:
-            stream = torch.cuda.Stream(raw.device)  # type: ignore[no-untyped-call]  # not behind the engine's own work
-            with torch.cuda.stream(stream):
-                loras = self._split(key, slab, layout, raw)
-            stream.synchronize()
-            return loras
-        return self._split(key, slab, layout, raw)
-
-    def _split(self, key: str, slab: dict[str, Any], layout: SlabLayout, raw: torch.Tensor) -> dict[str, LoRALayerWeights]:
-        flat = raw.view(getattr(torch, slab["dtype"]))
-        if not torch.isfinite(flat).all():
-            raise ValueError(f"{key}: not every weight is finite")
-        dtype, rank, scale = self.lora_config.lora_dtype, slab["rank"], slab["scale"]  # type: ignore[attr-defined]
-        return {
-            name: LoRALayerWeights(name, rank, rank, a.to(dtype, copy=True), (b.float() * scale).to(dtype), scaling=1)
-            for name, (a, b) in layout.views(flat).items()
-        }
+        offsets = {entry.name: entry.a_offset for entry in layout.entries}
+        targets = []
+        for name, module in manager.modules.items():
+            for part, a, b in zip(
+                manager.packed_modules.get(name, [name]), module.lora_a_stacked, module.lora_b_stacked, strict=True
+            ):
+                targets += pair_targets(a[:, 0], b[:, 0], offsets.pop(part, None), rank, a.shape[-1])
+        if offsets:  # vLLM would leave them out in silence
+            raise ValueError(f"{key}: the engine applies no LoRA to {next(iter(offsets))!r}")
+        return _Form(layout, Places(tuple(targets)))

@@ -90,6 +90,7 @@ class BroadcastGroup:
         self._store: Any = None
         self._broken: str = ""
         self._left = threading.Event()
+        self._stream: Any = None  # NCCL's work waits for the stream that asks for it: not for the one that a model runs on
         self._outcome: queue.SimpleQueue[BaseException | None] | None = None
         self._broadcasts, self._nbytes, self._seconds = 0, 0, 0.0
 
@@ -141,13 +142,12 @@ class BroadcastGroup:
     def _run(self, tensor: torch.Tensor, end: float, outcome: queue.SimpleQueue[BaseException | None]) -> None:
         """The body of one broadcast, on its own thread."""
         try:
-            if tensor.is_cuda:
-                torch.cuda.set_device(tensor.device)
-            if self._group is None:
-                self._group = self._form(end)
-            if self._broken:
-                raise PeerDiedError(f"group {self._epoch}: {self._broken}")
-            self._send(tensor, end)
+            with self._own_stream(tensor):
+                if self._group is None:
+                    self._group = self._form(end)
+                if self._broken:
+                    raise PeerDiedError(f"group {self._epoch}: {self._broken}")
+                self._send(tensor, end)
             outcome.put(None)
         except WeftError as error:
             outcome.put(error)
@@ -156,6 +156,14 @@ class BroadcastGroup:
             outcome.put(DeadlineError(why) if time.monotonic() >= end else PeerDiedError(why))
         except BaseException as error:  # noqa: BLE001 this thread has no one else to tell; broadcast() raises it
             outcome.put(error)
+
+    def _own_stream(self, tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+        if not tensor.is_cuda:
+            return contextlib.nullcontext()
+        torch.cuda.set_device(tensor.device)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(tensor.device, priority=-1)  # type: ignore[no-untyped-call]
+        return torch.cuda.stream(self._stream)
 
     def _form(self, end: float) -> Any:
         """Meet the others, then open the process group."""

@@ -17,7 +17,7 @@ def ref(version: int, name: str = "a", lineage: int = 0) -> AdapterRef:
 
 def install(leases: Leases, *refs: AdapterRef) -> None:
     for item in refs:
-        leases.publish(leases.reserve(item))
+        leases.publish(leases.reserve(item, leases.new_id()))
 
 
 def test_a_lease_keeps_its_version_until_it_ends() -> None:
@@ -38,7 +38,7 @@ def test_a_removable_version_is_handed_out_once_and_holds_its_place_until_forgot
     (version,) = leases.take_removable()
     assert leases.take_removable() == []
     with pytest.raises(InstallError):
-        leases.reserve(ref(1))
+        leases.reserve(ref(1), leases.new_id())
     leases.forget(version)
     install(leases, ref(1))
 
@@ -64,7 +64,7 @@ def test_no_lease_is_older_than_what_was_asked_for() -> None:
 
 def test_a_reserved_version_is_nobodys_before_it_is_published() -> None:
     leases = Leases(2)
-    version = leases.reserve(ref(0))
+    version = leases.reserve(ref(0), leases.new_id())
     assert not leases.holds(ref(0)) and leases.take_removable() == []
     with pytest.raises(InstallError):
         leases.acquire(ref(0))
@@ -76,7 +76,7 @@ def test_ids_are_never_reused() -> None:
     leases = Leases(1)
     seen = set()
     for number in range(50):
-        version = leases.reserve(ref(number % 3))
+        version = leases.reserve(ref(number % 3), leases.new_id())
         leases.publish(version)
         seen.add(version.lora_id)
         leases.retire(version.ref)
@@ -88,7 +88,7 @@ def test_too_many_versions_are_refused_with_both_numbers() -> None:
     leases = Leases(2)
     install(leases, ref(0), ref(1))
     with pytest.raises(InstallError, match="2 versions are live and max_live_versions is 2"):
-        leases.reserve(ref(2))
+        leases.reserve(ref(2), leases.new_id())
 
 
 def test_renewing_moves_the_lease_to_the_newest_and_frees_the_old() -> None:

@@ -1,0 +1,60 @@
+"""One launch for a whole slab: each program fills one block of one matrix's slot, padding included.
+
+Bytes: the slab once, the slot once. Where a matrix is as wide in the slab as in its slot (every A; every B of the engine's own
+rank) both sides are read and written in their order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from weft.kernels.pack.places import BLOCK, FIELDS, Places
+
+WARPS = 4
+
+
+@torch.no_grad()
+def scatter_slab(slab: Tensor, places: Places, slot: int, scale: float) -> Tensor:
+    """As `weft.kernels.pack.scatter_slab` says, on the current stream; nothing waits for it."""
+    fault = torch.zeros(1, dtype=torch.int32, device=slab.device)
+    aligned = places.aligned and slab.data_ptr() % 16 == 0
+    _scatter[(len(places.work),)](
+        slab, places.first, places.table, places.work, fault, slot, scale,
+        FIELDS=FIELDS, BLOCK=BLOCK, ALIGN=8 if aligned else 1, num_warps=WARPS,
+    )  # fmt: skip
+    return fault
+
+
+@triton.jit
+def _scatter(
+    slab, like, table, work, fault, slot, scale,
+    FIELDS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    row_of_table = table + tl.load(work + 2 * program).to(tl.int64) * FIELDS
+    start = tl.load(work + 2 * program + 1).to(tl.int64) * BLOCK
+    size = tl.multiple_of(tl.load(row_of_table + 1), ALIGN)
+    cols = tl.load(row_of_table + 2)
+    stride = tl.load(row_of_table + 4)
+    filled_rows = tl.load(row_of_table + 5)
+    filled_cols = tl.load(row_of_table + 6)
+    source = slab + tl.multiple_of(tl.load(row_of_table + 3), ALIGN)
+    address = tl.load(row_of_table).to(tl.pointer_type(like.dtype.element_ty))
+    place = tl.multiple_of(address + slot.to(tl.int64) * size, ALIGN)
+    element = start + tl.arange(0, BLOCK)
+    if stride == cols:  # as wide there as here
+        filled = tl.multiple_of(filled_rows * cols, ALIGN)
+        value = tl.load(source + element, mask=element < filled, other=0.0).to(tl.float32)
+    else:
+        row, col = element // cols, element % cols
+        there = (row < filled_rows) & (col < filled_cols)
+        value = tl.load(source + row * stride + col, mask=there, other=0.0).to(tl.float32)
+    sick = tl.max((~(tl.abs(value) < float("inf"))).to(tl.int32), 0)  # NaN compares false
+    if sick != 0:
+        tl.store(fault, 1)
+    if tl.load(row_of_table + 7) != 0:
+        value = value * scale
+    tl.store(place + element, value.to(like.dtype.element_ty), mask=element < size)

@@ -1,0 +1,45 @@
+"""kernels.pack against the reference: through Triton's interpreter, or on the card."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from weft.kernels.pack import Places, pair_targets, reference
+from weft.kernels.pack import triton as kernels
+
+torch.set_num_threads(1)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NARROW = torch.bfloat16 if torch.cuda.is_available() else torch.float16  # the interpreter's bfloat16 rounds otherwise
+SHAPES = ((70, 33), (64, 136), (1, 9), (24, 600))  # (out, in)
+
+
+def places_of(stacked: list[tuple[Tensor, Tensor]], rank: int, absent: int = -1) -> Places:
+    targets, offset = [], 0
+    for n, ((a, b), (o, i)) in enumerate(zip(stacked, SHAPES, strict=True)):
+        targets += pair_targets(a, b, None if n == absent else offset, rank, i)
+        offset += 0 if n == absent else rank * (o + i)
+    return Places(tuple(targets))
+
+
+@pytest.mark.parametrize("rank", [1, 5, 16])
+@pytest.mark.parametrize("absent", [-1, 1])
+@pytest.mark.parametrize(("narrow", "wide"), [(torch.float32, torch.float32), (torch.float32, NARROW), (NARROW, NARROW)])
+def test_one_launch_writes_the_bits_of_the_reference(rank: int, absent: int, narrow: torch.dtype, wide: torch.dtype) -> None:
+    numel = sum(rank * (o + i) for n, (o, i) in enumerate(SHAPES) if n != absent)
+    slab = torch.randn(numel, device=DEVICE).to(narrow)
+    empty = {"fill_value": torch.nan, "dtype": wide, "device": DEVICE}
+    made = [[(torch.full((3, 16, i), **empty), torch.full((3, o, 16), **empty)) for o, i in SHAPES] for _ in range(2)]
+    assert kernels.scatter_slab(slab, places_of(made[0], rank, absent), 1, 0.75).item() == 0
+    reference.scatter_slab(slab, places_of(made[1], rank, absent), 1, 0.75)
+    for found, wanted in zip(made[0], made[1], strict=True):
+        for one, other in zip(found, wanted, strict=True):
+            assert torch.equal(one[1], other[1])
+            assert one[[0, 2]].isnan().all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_weight_that_is_not_finite_is_told(bad: float) -> None:
+    slab = torch.randn(sum(5 * (o + i) for o, i in SHAPES), device=DEVICE)
+    slab[777] = bad
+    stacked = [(torch.zeros(1, 16, i, device=DEVICE), torch.zeros(1, o, 16, device=DEVICE)) for o, i in SHAPES]
+    assert kernels.scatter_slab(slab, places_of(stacked, 5), 0, 1.0).item() == 1
