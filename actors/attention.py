@@ -58,7 +58,7 @@ class VarlenAttention:
         self._run: Callable[..., Any] = partial(varlen_attn, **settings)
         self._longest = max(lengths)
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        self._ends = ends.to(device, non_blocking=True)
+        self._ends = ends.pin_memory().to(device, non_blocking=True)
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         out: Tensor = self._run(queries, keys, values, self._ends, self._ends, self._longest, self._longest)

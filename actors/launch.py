@@ -6,8 +6,9 @@ stays out. The target at position t of a row is predicted by the hidden state at
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,12 +84,21 @@ def cut(adapter: int, batch: TrainBatch, chosen: NDArray[np.bool_]) -> Piece:
     )
 
 
-def plan(batches: Sequence[TrainBatch], token_budget: int) -> Iterator[list[Piece]]:
+def longest_row(batch: TrainBatch) -> int:
+    """Packed tokens of the longest row that has a loss token; 0 where there is none."""
+    offsets, mask = np.asarray(batch.offsets, np.int64), np.asarray(batch.mask, bool)
+    losses = np.add.reduceat(mask, offsets[:-1], dtype=np.int64) if len(offsets) > 1 else np.zeros(0, np.int64)
+    return int((np.diff(offsets) - 1)[losses > 0].max(initial=0))
+
+
+def plan(batches: Sequence[TrainBatch], token_budget: int, left_out: Collection[int] = ()) -> Iterator[list[Piece]]:
     """The pieces of one launch after another, in the order of the batches: each holds at most `token_budget` packed tokens, or
-    a single row that is longer."""
+    a single row that is longer. left_out: indices of batches that do not take part."""
     pieces: list[Piece] = []
     room = token_budget
     for adapter, batch in enumerate(batches):
+        if adapter in left_out:
+            continue
         offsets = np.asarray(batch.offsets, np.int64)
         has_loss = np.zeros(len(offsets) - 1, bool)
         has_loss[np.repeat(np.arange(len(has_loss)), np.diff(offsets))[np.asarray(batch.mask, bool)]] = True
@@ -123,12 +133,12 @@ class Launch:
         token_offsets = _bounds([len(piece.tokens) for piece in pieces])
         positions = [piece.positions + start for piece, start in zip(pieces, token_offsets, strict=False)]
         return cls(
-            tokens=_device(np.concatenate([piece.tokens for piece in pieces]), device),
+            tokens=upload(np.concatenate([piece.tokens for piece in pieces]), device),
             row_offsets=_bounds(np.concatenate([piece.lengths for piece in pieces]).tolist()),
             token_offsets=token_offsets,
             loss_tokens=[len(piece.targets) for piece in pieces],
-            positions=_device(np.concatenate(positions), device),
-            targets=_device(np.concatenate([piece.targets for piece in pieces]), device),
+            positions=upload(np.concatenate(positions), device),
+            targets=upload(np.concatenate([piece.targets for piece in pieces]), device),
         )
 
 
@@ -136,5 +146,7 @@ def _bounds(lengths: Sequence[int]) -> list[int]:
     return [0, *np.cumsum(lengths).tolist()]
 
 
-def _device(array: NDArray[np.int64], device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device)
+def upload(array: NDArray[Any], device: torch.device) -> Tensor:
+    """To the device. Out of pinned memory, so that the host does not wait for what the device has yet to do."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

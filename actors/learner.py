@@ -5,7 +5,8 @@
     weights, moments <──kernels.optim── gradient slab of each adapter <──backward── sum of the adapters' losses
 
 One forward and backward carries every adapter of a launch; what is summed over tokens is summed over one adapter's: its loss,
-its gradient slab, its norm, its moments. So a loss that is not finite reaches no other adapter.
+its gradient slab, its norm, its moments. So a loss that is not finite reaches no other adapter. The host waits for the device
+once, at the end: while one launch computes, the next is packed.
 T packed tokens, P loss tokens, D elements of one adapter, V vocabulary.
 """
 
@@ -23,10 +24,11 @@ from torch import Tensor
 
 from weft.actors.adapter_store import AdapterStore, Slabs
 from weft.actors.canary import canary_tokens
-from weft.actors.launch import Launch, Piece, plan
+from weft.actors.launch import Launch, Piece, longest_row, plan, upload
 from weft.actors.lora import LoraBatch, SlabLayout
 from weft.actors.loss import Denominators, LossResult, LossTokens, adapter_loss
 from weft.actors.model import Decoder
+from weft.actors.recompute import free_bytes, most_tokens, needed_bytes
 from weft.actors.slab_batch import SlabBatch
 from weft.configs.schema import AdapterConfig, OptimizerConfig
 from weft.kernels.logprob import token_logprobs
@@ -101,7 +103,8 @@ class Learner:
 
     def forward_backward(self, adapters: Sequence[Adapter], batches: Sequence[TrainBatch]) -> list[dict[str, float]]:
         """Adds to the adapters' gradients; returns each one's metrics. Where a loss is not finite, `Adapter.fault` says so, and
-        that adapter's gradient is not for use. At most as many adapters as the store's device tier holds."""
+        that adapter's gradient is not for use; so too where the device has no room for a row of its batch. At most as many
+        adapters as the store's device tier holds."""
         tallies = [Tally(adapter.config) for adapter in adapters]
         with self._store.hold([adapter.name for adapter in adapters]) as held:
             try:
@@ -109,13 +112,38 @@ class Learner:
                     if slabs.gradient is None:
                         slabs.gradient = torch.zeros_like(slabs.master)
                 trained = self._trained(adapters, held, gradients=True)
-                for pieces in plan(batches, self._token_budget):
+                most = self._most_tokens()
+                too_long = self._refuse_too_long(adapters, batches, most)
+                for pieces in plan(batches, min(self._token_budget, most), too_long):
                     self._launch(pieces, adapters, batches, trained, tallies)
+                metrics = [tally.metrics() for tally in tallies]  # within the hold: slabs move only when their sums are done
             except BaseException:  # half a gradient is none: what failed may be tried again
                 for slabs in held:
                     slabs.gradient = None
                 raise
-        return [tally.metrics() for tally in tallies]
+        for adapter, own in zip(adapters, metrics, strict=True):
+            if not math.isfinite(own["loss"]):
+                adapter.fault = f"loss of {adapter.ref} ({adapter.config.loss.name}) is not finite: {own['loss']}"
+        return metrics
+
+    def _most_tokens(self) -> int:
+        """Packed tokens of one launch that the device has room for, everything made again that can be."""
+        return most_tokens(self._decoder.architecture, self._decoder.head.dtype, free_bytes(self._device))
+
+    def _refuse_too_long(self, adapters: Sequence[Adapter], batches: Sequence[TrainBatch], most: int) -> set[int]:
+        """-> indices of the batches that hold a row of more than `most` tokens; `Adapter.fault` says so."""
+        refused = set()
+        for index, (adapter, batch) in enumerate(zip(adapters, batches, strict=True)):
+            if (longest := longest_row(batch)) > most:
+                architecture, dtype = self._decoder.architecture, self._decoder.head.dtype
+                needed = needed_bytes(architecture, longest, dtype) / 2**30
+                there = needed_bytes(architecture, most, dtype) / 2**30
+                adapter.fault = (
+                    f"a row of {longest} tokens for {adapter.ref} needs {needed:.2f} GiB, layer by layer, and the device has "
+                    f"{there:.2f} GiB: room for {most} tokens"
+                )
+                refused.add(index)
+        return refused
 
     def optim_steps(self, adapters: Sequence[Adapter]) -> list[dict[str, float]]:
         """Clip, step, drop the gradients, all in one launch. Where loss or gradient is not finite, `Adapter.fault` says so and
@@ -182,17 +210,10 @@ class Learner:
             max_tokens = adapter.config.sampling.max_tokens
             result = adapter_loss(adapter.config.loss, tokens, Denominators(batch.loss_tokens, batch.loss_rows, max_tokens))
             fresh = piece.versions == adapter.ref.version
-            index = torch.from_numpy(np.flatnonzero(fresh)).to(self._device)
+            index = upload(np.flatnonzero(fresh), self._device)
             tallies[piece.adapter].add(result, tokens, entropy, index, int(fresh.sum()))
             losses.append(result.loss)
-        finite = torch.isfinite(torch.stack([loss.detach() for loss in losses])).tolist()
-        for piece, loss, good in zip(pieces, losses, finite, strict=True):
-            if not good:
-                adapter = adapters[piece.adapter]
-                adapter.fault = f"loss of {adapter.ref} ({adapter.config.loss.name}) is not finite: {float(loss.detach())}"
-        whole = [loss for loss, good in zip(losses, finite, strict=True) if good]
-        if whole:
-            torch.autograd.backward(torch.stack(whole).sum())
+        torch.autograd.backward(torch.stack(losses).sum())
 
     def _logprobs(
         self, pieces: Sequence[Piece], adapters: Sequence[Adapter], trained: Trained | None
@@ -206,8 +227,8 @@ class Learner:
             build = SlabBatch.build if self._device.type == "cuda" else LoraBatch.build
             lora = build(launch.token_offsets, scales, chosen)
         hidden = self._decoder(launch.tokens, launch.row_offsets, lora).index_select(0, launch.positions)
-        temperatures = torch.tensor([adapters[piece.adapter].config.sampling.temperature for piece in pieces])
-        temperature = temperatures.repeat_interleave(torch.tensor(launch.loss_tokens)).to(self._device)
+        temperatures = [adapters[piece.adapter].config.sampling.temperature for piece in pieces]
+        temperature = upload(np.repeat(np.asarray(temperatures, np.float32), launch.loss_tokens), self._device)
         logprobs, entropy = token_logprobs(hidden, self._decoder.head, launch.targets, temperature)
         return torch.split(logprobs, launch.loss_tokens), torch.split(entropy, launch.loss_tokens)
 
@@ -229,7 +250,7 @@ class Learner:
     def _loss_tokens(self, piece: Piece, adapter: Adapter, logprobs: Tensor, base_logprobs: Tensor | None) -> LossTokens:
         staleness = np.where(piece.versions == UNSAMPLED, 0, adapter.ref.version - piece.versions).astype(np.float32)
         arrays = (piece.sampler_logprobs, piece.advantages, piece.rows, piece.row_tokens, staleness)
-        sampler, advantages, rows, row_tokens, stale = (torch.from_numpy(array).to(self._device) for array in arrays)
+        sampler, advantages, rows, row_tokens, stale = (upload(array, self._device) for array in arrays)
         return LossTokens(logprobs, sampler, advantages, rows, row_tokens, stale, base_logprobs)
 
 

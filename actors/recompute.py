@@ -42,8 +42,25 @@ def choose_recompute(
     architecture: Architecture, tokens: int, dtype: torch.dtype, device: torch.device, fp8: bool = False
 ) -> Recompute:
     """The least that fits the device's free memory. Where nothing fits, LAYERS: the caller splits the launch."""
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = free_bytes(device)
     for choice in (Recompute.NONE, Recompute.CHEAP):
         if kept_bytes(architecture, tokens, dtype.itemsize, choice, fp8) + LOGITS_BYTES <= free:
             return choice
     return Recompute.LAYERS
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a launch may take: of a CPU's memory the kernel judges."""
+    if device.type != "cuda":
+        return 1 << 62
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def needed_bytes(architecture: Architecture, tokens: int, dtype: torch.dtype) -> int:
+    """Of a launch that makes everything again that can be."""
+    return kept_bytes(architecture, tokens, dtype.itemsize, Recompute.LAYERS) + LOGITS_BYTES
+
+
+def most_tokens(architecture: Architecture, dtype: torch.dtype, free: int) -> int:
+    """Of the largest such launch in `free` bytes."""
+    return max(0, free - LOGITS_BYTES) // kept_bytes(architecture, 1, dtype.itemsize, Recompute.LAYERS)

@@ -54,12 +54,19 @@ class Trainer:
     """One process's part of the trainer pool. `start` before the first message, `aclose` after the last."""
 
     def __init__(
-        self, model_folder: str, model_dtype: str, config: TrainerConfig, folder: str, slab_folder: str, device: str = "cpu"
+        self,
+        model_folder: str,
+        model_dtype: str,
+        config: TrainerConfig,
+        folder: str,
+        slab_folder: str,
+        device: str = "cpu",
+        base_precision: str = "full",
     ) -> None:
         """folder: of the store's disk tier, this trainer's own; emptied at the start. slab_folder: where published slabs are
         written, best in shared memory; whoever takes a slab removes its file."""
         self._model_folder, self._dtype = Path(model_folder), getattr(torch, model_dtype)
-        self._config = config
+        self._base_precision, self._config = base_precision, config
         self._folder, self._slab_folder = Path(folder), Path(slab_folder)
         self._device = torch.device(device)
         self._store = AdapterStore(
@@ -67,7 +74,7 @@ class Trainer:
         )
         threads = functools.partial(torch.set_num_threads, config.num_threads)  # a setting of the thread that computes
         self._training = ThreadPoolExecutor(1, "weft-training", initializer=threads)
-        self._state = ThreadPoolExecutor(1, "weft-state", initializer=functools.partial(torch.set_num_threads, 1))
+        self._state = ThreadPoolExecutor(1, "weft-state", initializer=functools.partial(_own_stream, self._device))
         self._adapters: dict[str, Adapter] = {}
         self._shapes = linear_shapes(read_config(self._model_folder))
         self._slabs_written = self._steps = self._tokens_trained = 0
@@ -90,7 +97,7 @@ class Trainer:
         self._calls |= {kind: (self._state, call) for kind, call in state.items()}
 
     async def start(self) -> None:
-        """Load the base. Raises ValueError for a folder that holds no model."""
+        """Load the base. Raises ValueError for a folder that holds no model, and for a device that has no FP8 products."""
         await asyncio.get_running_loop().run_in_executor(self._training, self._load_base)
 
     async def handle(self, message: Any) -> Any:
@@ -113,6 +120,7 @@ class Trainer:
             _keep_freed_memory()
         shutil.rmtree(self._folder / "adapters", ignore_errors=True)  # of a trainer that was killed
         decoder = load_model(self._model_folder, self._dtype, self._device)
+        decoder.use_fp8(self._base_precision == "fp8")
         self._learner = Learner(decoder, self._store, self._device, self._config.token_budget)
         self._vocab_size = decoder.head.shape[0]
 
@@ -317,6 +325,14 @@ class Trainer:
         base = str(self._model_folder.resolve())
         write_peft_folder(Path(message.folder), adapter.layout, master, adapter.config.lora.alpha, base)
         return messages.Done()
+
+
+def _own_stream(device: torch.device) -> None:
+    """Of the thread of state: on a GPU what it copies and checks passes by the launch that computes. What it reads is done:
+    training lets go of an adapter only after the device has finished with it."""
+    torch.set_num_threads(1)
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
 def _seed(config: AdapterConfig) -> int:

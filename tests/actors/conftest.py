@@ -37,9 +37,19 @@ MODEL = {
 class Bench:
     """A trainer, asked synchronously."""
 
-    def __init__(self, base: Path, folder: Path, adapters: Sequence[AdapterConfig], dtype: str, **settings: int) -> None:
+    def __init__(
+        self,
+        base: Path,
+        folder: Path,
+        adapters: Sequence[AdapterConfig],
+        dtype: str = "float32",
+        device: str = "cpu",
+        base_precision: str = "full",
+        **settings: int,
+    ) -> None:
         self.folder = folder
-        self.trainer = Trainer(str(base), dtype, TrainerConfig(**settings), str(folder), str(folder / "slabs"))
+        slabs = str(folder / "slabs")
+        self.trainer = Trainer(str(base), dtype, TrainerConfig(**settings), str(folder), slabs, device, base_precision)
         asyncio.run(self.trainer.start())
         for config in adapters:
             self.ask(messages.AddAdapter(to_mapping(config)))
@@ -86,8 +96,8 @@ def trainer_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make(trainer_base: Path, tmp_path: Path) -> Iterator[Callable[..., Bench]]:
     made: list[Bench] = []
 
-    def bench(*adapters: AdapterConfig, dtype: str = "float32", **settings: int) -> Bench:
-        made.append(Bench(trainer_base, tmp_path / f"trainer-{len(made)}", adapters, dtype, **settings))
+    def bench(*adapters: AdapterConfig, **settings: Any) -> Bench:
+        made.append(Bench(trainer_base, tmp_path / f"trainer-{len(made)}", adapters, **settings))
         return made[-1]
 
     yield bench
