@@ -64,6 +64,7 @@ class Adapter:
     gate: StalenessGate | None = None  # of this lineage
     checkpointed: int | None = None  # version of the newest checkpoint of this lineage
     staleness: int = 0  # of the newest step's stalest group
+    late_tokens: int = 0  # counted in the batches as they were trained, since it joined
     deaths: int = 0  # of its trainer while that worked for it, since it last took a step
     leaving: bool = False
     fault: Exception | None = None  # why this lineage must end: its own AdapterFault, or its trainer's death
@@ -112,9 +113,12 @@ class Adapter:
         if not self.interrupted.done():
             self.interrupted.set_result(None)
 
-    def take_step(self, reward: float, tokens_sampled: int, tokens_trained: int, ages: Sequence[int]) -> None:
+    def take_step(
+        self, reward: float, tokens_sampled: int, tokens_trained: int, ages: Sequence[int], late_tokens: int = 0
+    ) -> None:
         """One more optimizer step is completed. reward: its mean; ages: the staleness of each of its groups."""
         before = self.progress
+        self.late_tokens += late_tokens
         self.deaths = 0
         self.staleness = max(ages)
         self.progress = replace(
@@ -147,7 +151,7 @@ class Adapter:
             staleness=self.staleness,
             max_staleness=self.config.max_staleness,
             max_staleness_seen=progress.max_staleness_seen,
-            staleness_violations=int(progress.max_staleness_seen > self.config.max_staleness),
+            staleness_violations=self.late_tokens,
             groups_in_flight=self.gate.statistics().taken if self.gate else 0,
             rollouts_in_flight=rollouts_in_flight,
             tokens_sampled=progress.tokens_sampled,

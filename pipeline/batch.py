@@ -38,6 +38,16 @@ class RolloutFigures:
     environment: Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class Ready:
+    """All that one step needs. ages: the staleness of each group, none beyond the bound; token_ages: counted in the batch."""
+
+    batch: TrainBatch
+    figures: RolloutFigures
+    ages: tuple[int, ...]
+    token_ages: Mapping[int, int]
+
+
 def make_batch(config: AdapterConfig, ref: AdapterRef, groups: Sequence[Group]) -> TrainBatch:
     """Pack the rows of `groups` (in their order) for one step from version `ref`.
 
@@ -76,6 +86,17 @@ def make_batch(config: AdapterConfig, ref: AdapterRef, groups: Sequence[Group]) 
 def sampled_tokens(sample: Sample) -> int:
     """How many of its tokens the policy sampled."""
     return int((sample.versions != UNSAMPLED).sum())
+
+
+def token_ages(batch: TrainBatch) -> dict[int, int]:
+    """How many of its tokens were sampled how many versions before the one that they train: what was sent, as it was sent."""
+    ages, counts = np.unique(batch.ref.version - batch.versions[batch.mask], return_counts=True)
+    return dict(zip(ages.tolist(), counts.tolist(), strict=True))
+
+
+def count_late(ages: Mapping[int, int], bound: int) -> int:
+    """Tokens staler than `bound`, or from a version that was still to come."""
+    return sum(count for age, count in ages.items() if not 0 <= age <= bound)
 
 
 def figures(groups: Sequence[Group]) -> RolloutFigures:

@@ -79,6 +79,7 @@ class StepTaken:
 
     metrics: the trainer's (loss, grad_norm, logprob_diff, ...). environment: means over rollouts of the environment's own.
     staleness: one number a group: the version trained minus the oldest version that sampled a token of it.
+    token_ages: the same of every token that was trained: how many there were of each staleness.
     """
 
     time: float
@@ -101,6 +102,7 @@ class StepTaken:
     sync_seconds: float  # from publishing to the last acknowledgement
     metrics: Mapping[str, float] = field(default_factory=dict)
     environment: Mapping[str, float] = field(default_factory=dict)
+    token_ages: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ class AdapterStatistics:
     staleness: int  # of the newest step's stalest group
     max_staleness: int  # the bound
     max_staleness_seen: int
-    staleness_violations: int  # groups spent beyond the bound: 0, or the run has ended with StalenessError
+    staleness_violations: int  # tokens trained beyond the bound, counted in the batches themselves
     groups_in_flight: int  # admitted by the gate, not yet released: at most (max_staleness + 1) * groups_per_step
     rollouts_in_flight: int  # on the samplers now
     tokens_sampled: int  # of the groups that were trained

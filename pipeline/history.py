@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from weft.pipeline.batch import count_late
 from weft.pipeline.events import Interval, Phase
 from weft.pipeline.metrics import EVENTS_FILE, METRICS_FILE
 
@@ -65,6 +66,14 @@ class AdapterHistory:
     def staleness(self) -> list[int]:
         """Of every group that was trained, those of undone steps too: they were spent under the bound as well."""
         return [value for line in (*self.redone, *self.steps) for value in line["staleness/groups"]]
+
+    @property
+    def late_tokens(self) -> int:
+        """Tokens trained beyond the bound of their step, counted again from what each step recorded of its batch."""
+        return sum(
+            count_late({int(age): count for age, count in line.get("staleness/tokens", {}).items()}, line["staleness/bound"])
+            for line in (*self.redone, *self.steps)
+        )
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from weft.pipeline.adapter import Adapter
-from weft.pipeline.batch import RolloutFigures, sampled_tokens
+from weft.pipeline.batch import Ready, sampled_tokens
 from weft.pipeline.evaluate import Evaluation
 from weft.pipeline.events import (
     AdapterFailed,
@@ -93,10 +93,9 @@ class Journal:
         """Say that the adapter's own fault ended it."""
         self.tell(AdapterFailed(self.now(), adapter.name, reason, adapter.traceback))
 
-    def step_taken(
-        self, adapter: Adapter, rollouts: RolloutFigures, ages: Sequence[int], waited: float, step: Stepped, sync_seconds: float
-    ) -> None:
+    def step_taken(self, adapter: Adapter, ready: Ready, waited: float, step: Stepped, sync_seconds: float) -> None:
         """Say that a step of `adapter` is taken and installed. waited: seconds for its groups."""
+        rollouts = ready.figures
         self.tell(
             StepTaken(
                 time=self.now(),
@@ -106,7 +105,8 @@ class Journal:
                 num_steps=adapter.config.num_steps,
                 reward=rollouts.reward,
                 reward_std=rollouts.reward_std,
-                staleness=tuple(ages),
+                staleness=ready.ages,
+                token_ages=ready.token_ages,
                 max_staleness=adapter.config.max_staleness,
                 rollouts=rollouts.rollouts,
                 turns=rollouts.turns,

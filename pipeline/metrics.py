@@ -80,6 +80,7 @@ def step_line(event: StepTaken, session: int, at: float) -> dict[str, Any]:
     }
     line.update(step_values(event))
     line["staleness/groups"] = list(event.staleness)
+    line["staleness/tokens"] = {str(age): count for age, count in event.token_ages.items()}
     return line
 
 

@@ -27,12 +27,12 @@ import asyncio
 import contextlib
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from weft.configs.schema import AdapterConfig, Config, RunConfig, TrainerConfig
 from weft.pipeline.adapter import Adapter
-from weft.pipeline.batch import RolloutFigures, figures, make_batch
+from weft.pipeline.batch import Ready, count_late, figures, make_batch, token_ages
 from weft.pipeline.checkpoint import check_resume
 from weft.pipeline.evaluate import evaluate
 from weft.pipeline.events import Interval, Observer, Phase, PipelineStatistics
@@ -43,7 +43,7 @@ from weft.pipeline.recovery import Recovery
 from weft.pipeline.schedule import FairShare, StepScheduler
 from weft.pipeline.staleness import StalenessGate, staleness
 from weft.transport.errors import AdapterFault, CheckpointError, InstallError, PeerDiedError
-from weft.transport.messages import Group, TrainBatch
+from weft.transport.messages import Group
 
 MAX_DEATHS = 5  # of samplers under one group, or of a trainer under one adapter between two steps: more are no accident
 SUSPECT_DEATHS = 2  # under one group: chance gives it one, seldom two
@@ -175,10 +175,11 @@ class Pipeline:
                 step = await self._steps.submit(ready.batch, lambda: self._journal.enter(adapter, Phase.TRAINING))
                 if step.result.fault:
                     raise AdapterFault(f"{adapter.ref}: {step.result.fault}", "FloatingPointError")
-                adapter.take_step(ready.figures.reward, ready.figures.tokens_sampled, step.result.tokens, ready.ages)
+                late, told = count_late(ready.token_ages, config.max_staleness), ready.figures
+                adapter.take_step(told.reward, told.tokens_sampled, step.result.tokens, ready.ages, late)
                 sync_seconds = await self._publish(adapter)
                 gate.release(config.groups_per_step)
-                self._journal.step_taken(adapter, ready.figures, ready.ages, waited, step, sync_seconds)
+                self._journal.step_taken(adapter, ready, waited, step, sync_seconds)
                 if adapter.version % self._settings.checkpoint_every == 0:
                     await self._recovery.checkpoint(adapter)
             sampling.cancel()
@@ -272,15 +273,6 @@ class Pipeline:
         return self._journal.now()
 
 
-@dataclass(frozen=True)
-class Ready:
-    """All that one step needs. ages: the staleness of each group, none beyond the bound."""
-
-    batch: TrainBatch
-    figures: RolloutFigures
-    ages: tuple[int, ...]
-
-
 async def next_batch(adapter: Adapter, groups: Groups) -> Ready | None:
     """The oldest groups of a step, in order; waits for each. None: it is to leave. Raises its fault, or StalenessError."""
     oldest: list[Group] = []
@@ -293,7 +285,8 @@ async def next_batch(adapter: Adapter, groups: Groups) -> Ready | None:
     if adapter.interrupted.done():
         return None
     ages = tuple(staleness(group, adapter.version, adapter.config.max_staleness) for group in oldest)
-    return Ready(make_batch(adapter.config, adapter.ref, oldest), figures(oldest), ages)
+    batch = make_batch(adapter.config, adapter.ref, oldest)
+    return Ready(batch, figures(oldest), ages, token_ages(batch))
 
 
 def leaves(error: BaseException) -> Iterator[BaseException]:

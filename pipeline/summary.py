@@ -24,7 +24,8 @@ def summarize(statistics: PipelineStatistics, history: History, wall_seconds: fl
     """The summary of a run.
 
     wall_seconds: of the command, from start to end, set-up of the cluster included; the seconds of earlier sessions that a
-    resume continues are in `session_seconds`. logprob_diff: |trainer - sampler| in nats, mean and max over the steps' means.
+    resume continues are in `session_seconds`. staleness_violations: tokens trained beyond their adapter's bound, by what each
+    step recorded of its batch. logprob_diff: |trainer - sampler| in nats, mean and max over the steps' means.
     """
     adapters = {
         name: _adapter(adapter, history.adapters.get(name) or AdapterHistory(name))
@@ -35,7 +36,7 @@ def summarize(statistics: PipelineStatistics, history: History, wall_seconds: fl
         "wall_seconds": wall_seconds,
         "pipeline_seconds": statistics.time,
         "session_seconds": [end - start for start, end in zip(history.sessions, ends, strict=False)],
-        "staleness_violations": statistics.staleness_violations,
+        "staleness_violations": sum(adapter["staleness_violations"] for adapter in adapters.values()),
         "pools": {"samplers": _pool(statistics.samplers), "trainers": _pool(statistics.trainers)},
         "warnings": list(statistics.warnings),
         "adapters": adapters,
@@ -70,7 +71,7 @@ def _adapter(now: AdapterStatistics, history: AdapterHistory) -> Summary:
         "reward_last": rewards[-1] if rewards else now.reward,
         "max_staleness": now.max_staleness,
         "max_staleness_seen": now.max_staleness_seen,
-        "staleness_violations": now.staleness_violations,
+        "staleness_violations": history.late_tokens,
         "tokens_sampled": now.tokens_sampled,
         "tokens_trained": now.tokens_trained,
         "logprob_diff": {

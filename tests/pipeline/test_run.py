@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 from pathlib import Path
 
@@ -105,6 +106,31 @@ class EarlyGate(StalenessGate):
 def test_a_gate_with_one_place_too_many_is_caught(simulation, memory_folder, monkeypatch):
     monkeypatch.setattr(run_module, "StalenessGate", WideGate)
     assert beyond_bound(simulation, memory_folder) > 0
+
+
+def test_violations_are_counted_in_the_batches_whatever_the_gate_and_its_guard_think(simulation, memory_folder, monkeypatch):
+    class OpenGate(StalenessGate):
+        def __init__(self, groups_per_step, max_staleness):
+            super().__init__(groups_per_step, max_staleness + 2)
+
+    train = simulation.SimulatedTrainers._train
+
+    def train_without_looking(self, batch):
+        config = self.world.configs[batch.ref.name]
+        self.world.configs[batch.ref.name] = dataclasses.replace(config, max_staleness=99)
+        return train(self, batch)
+
+    monkeypatch.setattr(run_module, "StalenessGate", OpenGate)
+    monkeypatch.setattr(run_module, "staleness", lambda group, version, bound: 0)
+    monkeypatch.setattr(simulation.SimulatedTrainers, "_train", train_without_looking)
+    world = simulation.World(random.Random(0), count_places=False)
+    outcome = simulation.simulate(world, memory_folder, [simulation.adapter_config("a", max_staleness=1, num_steps=8)])
+    adapter = outcome.statistics.adapters["a"]
+    assert max(world.ages["a"]) > 1 and adapter.max_staleness_seen == 0, "the plant is there, and the guard is blind"
+    steps = [event for event in outcome.events if isinstance(event, StepTaken)]
+    assert [max(step.token_ages) for step in steps] == world.ages["a"]
+    late = sum(count for step in steps for age, count in step.token_ages.items() if age > 1)
+    assert adapter.staleness_violations == outcome.statistics.staleness_violations == late > 0
 
 
 def test_a_release_before_the_install_is_caught(simulation, memory_folder, monkeypatch):

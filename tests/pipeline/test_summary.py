@@ -35,6 +35,19 @@ def test_the_summary_holds_every_promised_field(finished):
     assert all(entry["max_staleness_seen"] <= entry["max_staleness"] for entry in summary["adapters"].values())
 
 
+def test_violations_are_counted_again_from_what_the_steps_recorded(tmp_path, finished):
+    _, _, run = finished
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    planted = next(line for line in lines if line["adapter"] == "letters")
+    planted["staleness/tokens"] = {"0": 50, str(planted["staleness/bound"]): 7, str(planted["staleness/bound"] + 1): 3, "-1": 1}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = summarize(run.statistics(), History.read(tmp_path), wall_seconds=99.5)
+    assert summary["adapters"]["letters"]["staleness_violations"] == summary["staleness_violations"] == 4
+    with (console := Console(width=120)).capture() as captured:
+        print_closing(summary, console)
+    assert "staleness violations 4" in captured.get()
+
+
 def test_only_a_failed_adapter_has_a_traceback(finished):
     summary, _, _ = finished
     assert {name for name, entry in summary["adapters"].items() if "traceback" in entry} == {"sorting"}
