@@ -20,6 +20,7 @@ from weft.kernels.optim import adamw_step, adamw_steps
 
 RANKS, ROWS = (32, 8, 20, 128), ((64, 64), (64,), (64, 64, 64), (64,))
 BOUND = 3e-2  # of a bf16 gradient's relative error, norm against norm
+FP8_BOUND = 0.2  # of the same where the base's products are in FP8
 JOINT_BOUND = 1e-2  # of the same between a step beside others and a step alone
 PLANTED = 1.1  # a scale that is wrong by a tenth
 
@@ -42,6 +43,7 @@ def check(device: torch.device) -> dict[str, Any]:
     uneven = _gradients(decoder, adapters, range(len(RANKS)), uneven=True)
     uneven_errors = [_error(one, two) for one, two in zip(uneven, _truth(decoder, adapters, uneven=True), strict=True)]
     assert max(uneven_errors) < BOUND, f"gradient errors with rows of several lengths {uneven_errors}"
+    narrow = _check_fp8(decoder, adapters, truth) if device.type == "cuda" else {}
     adapters[1].scale *= PLANTED
     planted = _error(_gradients(decoder, adapters, range(len(RANKS)))[1], truth[1])
     adapters[1].scale /= PLANTED
@@ -51,7 +53,29 @@ def check(device: torch.device) -> dict[str, Any]:
         "gradient_relative_error_rows_of_several_lengths": max(uneven_errors),
         "joint_against_solo": max(apart),
         "planted_scale_error_seen_as": planted,
+        **narrow,
         **_check_optimizer(decoder, adapters),
+    }
+
+
+def _check_fp8(decoder: Decoder, adapters: list[Adapter], truth: list[Tensor]) -> dict[str, Any]:
+    """The same over the base in FP8; a weight's scale that is wrong by half must be seen."""
+    everyone = range(len(RANKS))
+    decoder.use_fp8()
+    joint = _gradients(decoder, adapters, everyone)
+    errors = [_error(found, wanted) for found, wanted in zip(joint, truth, strict=True)]
+    assert max(errors) < FP8_BOUND, f"gradient errors in FP8 {errors}"
+    solo = [_gradients(decoder, adapters, range(n, n + 1))[0] for n in everyone]
+    apart = [_error(found, wanted) for found, wanted in zip(joint, solo, strict=True)]
+    assert max(apart) < JOINT_BOUND, f"joint against solo in FP8 {apart}"
+    decoder.layers[1].down.narrow.row_scales.mul_(1.5)
+    planted = min(_error(*pair) for pair in zip(_gradients(decoder, adapters, everyone), truth, strict=True))
+    assert planted > FP8_BOUND, f"a weight's scale wrong by half went unseen: error {planted}"
+    decoder.use_fp8(False)
+    return {
+        "fp8_gradient_relative_error": max(errors),
+        "fp8_joint_against_solo": max(apart),
+        "fp8_planted_error_seen_as": planted,
     }
 
 

@@ -52,6 +52,7 @@ class Case:
     registered: int = 0  # adapters in memory; 0: those that train
     lengths: tuple[int, ...] = ()  # of the rows of an adapter, where they differ
     solo: bool = False  # our kernels one adapter at a time are a row too
+    fp8: bool = False  # and the base in FP8
 
     @property
     def tokens(self) -> int:
@@ -117,12 +118,12 @@ class Batch:
 
 
 class Weft:
-    """All adapters in as few launches as launch_tokens allows, or one after the other (solo)."""
+    """All adapters in as few launches as launch_tokens allows, or one after the other (solo). fp8: the base's products."""
 
-    def __init__(self, decoder: Decoder, adapters: list[Adapter], case: Case, solo: bool = False) -> None:
+    def __init__(self, decoder: Decoder, adapters: list[Adapter], case: Case, solo: bool = False, fp8: bool = False) -> None:
+        decoder.use_fp8(fp8)
         self.decoder, self.adapters, self.case = decoder, adapters, case
         self.batch = Batch.random(case, decoder.head.shape[0], decoder.head.device)
-        self.name = "weft, one adapter at a time" if solo else "weft"
         together = 1 if solo else max(1, case.launch_tokens // case.tokens_each)
         self.launches = [range(at, min(at + together, case.adapters)) for at in range(0, case.adapters, together)]
         self.solo = solo
@@ -166,6 +167,7 @@ class Base:
     name = "base without LoRA"
 
     def __init__(self, decoder: Decoder, case: Case) -> None:
+        decoder.use_fp8(False)
         self.decoder, self.case = decoder, case
         self.batch = Batch.random(case, decoder.head.shape[0], decoder.head.device)
 

@@ -9,6 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 KINDS = {  # the first whose word is in a kernel's name
+    "fp8 rows": ("_fp8_",),
     "lora shrink": ("_shrink",),
     "lora expand": ("_expand",),
     "lora outer": ("_outer", "_add_slots"),

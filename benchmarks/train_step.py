@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py            on one GPU, Qwen3-4B shape  -> benchmarks/results/train_step-<GPU>.json
     python benchmarks/train_step.py --smoke    a tiny shape, on this CPU: the gate and every row once
+    python benchmarks/train_step.py --redraw   the notes and the plot of a result that is there
 
 Before any number: a small model's gradients, joint and solo, against plain torch in fp32, and planted errors must be seen
 (step_check.py). Contenders (step_contenders.py) take turns within one process; each is warmed up every time it comes on.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
+import json
 import shlex
 import sys
 import time
@@ -23,8 +25,14 @@ from typing import Any
 import torch
 from record import RESULTS, commit, hardware, spread, versions, write_result
 from step_check import check
-from step_contenders import QWEN3_4B, SMALL, Base, Case, Peft, Weft, make_adapters, random_decoder
+from step_contenders import QWEN3_4B, SMALL, Adapter, Base, Case, Peft, Weft, make_adapters, random_decoder
+from step_grouped import Grouped
+from step_learning import learn
+from step_notes import NOTES
+from step_plot import plot
 from step_profile import profile
+
+from weft.actors.model import Decoder
 
 MATRIX_RATE = 796e12  # bf16 FLOP/s of one H200 on random data: shared by every percent_of_ceiling
 LARGEST_BASE = 32768  # tokens of a step of the base alone: more of them take longer and say the same
@@ -33,11 +41,11 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 CASES = {
     case.name: case
     for case in (
-        Case("N=1 S=2048", 1, 32768, 2048),
-        Case("N=8 S=2048", 8, 4096, 2048, solo=True),
+        Case("N=1 S=2048", 1, 32768, 2048, fp8=True),
+        Case("N=8 S=2048", 8, 4096, 2048, solo=True, fp8=True),
         Case("N=64 S=2048", 64, 2048, 2048, launch_tokens=16384),
         Case("N=1 S=512", 1, 32768, 512),
-        Case("N=8 S=512", 8, 4096, 512),
+        Case("N=8 S=512", 8, 4096, 512, fp8=True),
         Case("N=64 S=512", 64, 512, 512, launch_tokens=16384),
         Case("N=64 S=256", 64, 256, 256, launch_tokens=16384, solo=True),
         Case("N=8 mixed rows", 8, 4096, 0, lengths=(1700, 900, 620, 410, 260, 140, 66)),
@@ -92,7 +100,7 @@ class Turns:
         contender = make()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        slow = name != "weft" and name != Base.name and self.case.adapters > 8
+        slow = name in ("peft", "weft, one adapter at a time") and self.case.adapters >= 8
         for index in range(-1 if slow else -2, SLOW_RUNS if slow else self.runs):
             _wait(self.device)
             began = time.perf_counter()
@@ -125,21 +133,38 @@ def measure(case: Case, config: dict[str, Any], device: torch.device, options: a
     decoder = random_decoder(config, device, dtype)
     adapters = make_adapters(case, config, device, dtype)
     contenders: dict[str, Any] = {"weft": lambda: Weft(decoder, adapters, case)}
+    if case.fp8 and device.type == "cuda":
+        contenders["weft, base in FP8"] = lambda: Weft(decoder, adapters, case, fp8=True)
     if not case.registered and case.row and case.tokens <= LARGEST_BASE:
         contenders["base without LoRA"] = lambda: Base(decoder, case)
     if case.solo and options.solo:
         contenders["weft, one adapter at a time"] = lambda: Weft(decoder, adapters, case, solo=True)
+    if case.solo and options.solo and device.type == "cuda":
+        contenders[Grouped.name] = lambda: Grouped(decoder, case)
     if options.peft and case.row and case.targets == ("all-linear",):
         made: list[Peft] = []
         contenders["peft"] = lambda: made[0] if made else made.append(Peft(case, device, config)) or made[0]
     rows = Turns(case, config, device, options.runs, options.rounds).run(contenders)
     for row in rows if options.profile else []:
-        if "fault" not in row and row["contender"] in ("weft", Base.name):
+        if "fault" not in row and row["contender"] in ("weft", "weft, base in FP8", Base.name):
             row["profile_ms"] = profile(contenders[row["contender"]]().step)
             _free(device)
     if "peft" in contenders:
         _compare(rows)
+    for row in rows:
+        if row["contender"] == "weft, base in FP8" and "fault" not in row:
+            row["gradient_error_to_bf16"] = round(fp8_error(decoder, adapters, case), 4)
     return rows
+
+
+def fp8_error(decoder: Decoder, adapters: list[Adapter], case: Case) -> float:
+    """Of the gradients of the first launch over the base in FP8, against those over bf16: norm of the difference to norm."""
+    taken = []
+    for fp8 in (False, True):
+        step = Weft(decoder, adapters, case, fp8=fp8)
+        step.gradients(step.launches[0])
+        taken.append(torch.cat([adapters[n].gradient for n in step.launches[0]]))
+    return float((taken[1] - taken[0]).norm() / taken[0].norm())
 
 
 def _compare(rows: list[dict[str, Any]]) -> None:
@@ -169,38 +194,70 @@ def main() -> None:
     parser.add_argument("--no-peft", dest="peft", action="store_false")
     parser.add_argument("--no-solo", dest="solo", action="store_false")
     parser.add_argument("--profile", action="store_true", help="time by kind of kernel, of weft's step")
+    parser.add_argument("--learning", type=int, default=24, help="steps of the learning run; 0: none")
+    parser.add_argument(
+        "--keep", action="store_true", help="rows and learning that the result has already, and that do not run now"
+    )
+    parser.add_argument("--redraw", action="store_true", help="notes and plot alone, of the result that is there")
     parser.add_argument("--output", type=Path, help="where the result goes")
     options = parser.parse_args()
-    device = torch.device("cpu" if options.smoke else "cuda")
+    device = torch.device("cuda" if torch.cuda.is_available() and not options.smoke else "cpu")
+    if options.redraw:
+        paths = [options.output] if options.output else sorted(RESULTS.glob("train_step-*.json"))
+        for path in paths:
+            finish(path, json.loads(path.read_text()))
+        return
     if options.smoke:
         torch.set_num_threads(1)
     checked = check(device)
     print("gate:", checked, flush=True)
+    name = torch.cuda.get_device_name().split()[-1].lower() if device.type == "cuda" else "cpu"
+    path = options.output or RESULTS / f"train_step-{name}.json"
+    result = begin(device, checked, path, options)
     parts = [part for part in options.cases.split(",") if part]
     cases = SMOKE if options.smoke else {n: c for n, c in CASES.items() if not parts or any(part in n for part in parts)}
-    rows: list[dict[str, Any]] = []
     for case in cases.values():
-        rows += measure(case, SMALL if options.smoke else QWEN3_4B, device, options)
+        rows = measure(case, SMALL if options.smoke else QWEN3_4B, device, options)
         for row in rows:
-            if row["case"] == case.name:
-                print({key: value for key, value in row.items() if key not in ("case", "profile_ms")}, flush=True)
-                print("   ", row.get("profile_ms", ""), flush=True)
-    if options.smoke and options.output is None:
-        return
-    here = hardware() | ({"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if device.type == "cuda" else {})
+            row["run"] = len(result["runs"]) - 1
+            print({key: value for key, value in row.items() if key not in ("case", "profile_ms")}, flush=True)
+            print("   ", row.get("profile_ms", ""), flush=True)
+        result["rows"] = [row for row in result["rows"] if row["case"] != case.name] + rows
+        if not options.smoke or options.output:
+            finish(path, result)
+    if options.learning:
+        result["learning"] = learn(device, 1 if options.smoke else options.learning, ("full", "fp8")[: 1 + (name != "cpu")])
+    if not options.smoke or options.output:
+        finish(path, result)
+
+
+def begin(device: torch.device, checked: dict[str, Any], path: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """A result without rows, or with those of an earlier run (`--keep`)."""
+    gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if device.type == "cuda" else {}
+    command, date = shlex.join(["python", *sys.argv]), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     result = {
         "benchmark": "train_step",
         "commit": commit(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
-        "hardware": here,
+        "date": date,
+        "command": command,
+        "hardware": hardware() | gpu,
         "versions": versions(["torch", "triton", "transformers", "peft"]),
         "settings": {"matrix_rate": MATRIX_RATE, "runs": options.runs, "rounds": options.rounds, "weights": "N(0, 0.02), bf16"},
         "gate": checked,
-        "rows": rows,
+        "runs": [],
+        "rows": [],
     }
-    name = torch.cuda.get_device_name().split()[-1].lower() if device.type == "cuda" else "cpu"
-    write_result(options.output or RESULTS / f"train_step-{name}.json", result)
+    if options.keep and path.exists():
+        before = json.loads(path.read_text())
+        result |= {key: before[key] for key in ("rows", "runs", "learning") if key in before}
+    result["runs"] = [*result["runs"], {"command": command, "commit": result["commit"], "date": date}]
+    return result
+
+
+def finish(path: Path, result: dict[str, Any]) -> None:
+    """Writes the result with its notes, and the plot beside it."""
+    write_result(path, result | {"notes": list(NOTES)})
+    plot(result, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
