@@ -85,18 +85,32 @@ class Checkpoints:
         return final
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest that verifies (None: there is none), and one line about each that did not, which is set aside."""
-        said: list[str] = []
+        """The newest that verifies (None: there never was one), and one line about each that did not, which is set aside.
+
+        Raises CheckpointError, and changes nothing, when there are some and none verifies.
+        """
+        found, damaged = self._find()
+        for folder in damaged:
+            aside = folder.with_name(folder.name + ".damaged")
+            if aside.exists():
+                shutil.rmtree(aside)
+            os.replace(folder, aside)
+        return found, [f"{error}; set aside, the one before it is used" for error in damaged.values()]
+
+    def check(self) -> None:
+        """Raises CheckpointError as `newest` does; changes nothing."""
+        self._find()
+
+    def _find(self) -> tuple[Checkpoint | None, dict[Path, CheckpointError]]:
+        damaged: dict[Path, CheckpointError] = {}
         for folder in self._complete():
             try:
-                return verify(folder), said
+                return verify(folder), damaged
             except CheckpointError as error:
-                aside = folder.with_name(folder.name + ".damaged")
-                if aside.exists():
-                    shutil.rmtree(aside)
-                os.replace(folder, aside)
-                said.append(f"{error}; set aside, the one before it is used")
-        return None, said
+                damaged[folder] = error
+        if damaged:
+            raise CheckpointError(f"no checkpoint is whole: {'; '.join(map(str, damaged.values()))}")
+        return None, damaged
 
     def saved_config(self) -> Mapping[str, Any] | None:
         """The configuration in the newest checkpoint where it can be read; the trainer's files are not looked at."""

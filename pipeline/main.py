@@ -42,7 +42,7 @@ from weft.pipeline.report import write_report
 from weft.pipeline.run import Pipeline, leaves
 from weft.pipeline.summary import print_closing, summarize, write_summary
 from weft.pipeline.table import make_table
-from weft.transport.errors import WeftError
+from weft.transport.errors import CheckpointError, WeftError
 
 if TYPE_CHECKING:
     from weft.actors.cluster import RayMetrics
@@ -169,8 +169,12 @@ def _check_resume(config: Config) -> None:
     for adapter in config.adapters:
         try:
             check_resume(config.run.dir, adapter)
+            Checkpoints(config.run.dir, adapter.name, KEEP).check()
         except ValueError as error:
             raise SettingError(str(error)) from None
+        except CheckpointError as error:
+            anew = "run.fresh=true starts anew (and moves what is there aside)"
+            raise SettingError(f"run.dir={config.run.dir!r}: of adapter {adapter.name!r} {error}; {anew}") from None
 
 
 def _model_before(file: Path) -> dict[str, object] | None:

@@ -14,8 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from weft.actors.base_model import tiny_path
+from weft.actors.lora import SlabLayout, linear_shapes, resolve_targets
+from weft.actors.model import read_config
+from weft.actors.peft_folder import write_peft_folder
 from weft.configs.build import SettingError
 from weft.configs.compose import compose, descriptions
 from weft.configs.expand import expand, to_mapping
@@ -97,6 +101,34 @@ def test_a_model_folder_that_is_not_whole_is_refused(tmp_path: Path, capsys: Out
     shutil.copytree(tiny_path(), tmp_path / "base")
     (tmp_path / "base" / "model.safetensors").unlink()
     assert "model.path='base': " in refused(capsys, "model=local", "model.path=base")
+
+
+def test_a_model_folder_with_a_missing_shard_or_another_shape_is_refused(tmp_path: Path, capsys: Output) -> None:
+    base = Path(shutil.copytree(tiny_path(), tmp_path / "base"))
+    tensors = load_file(base / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**tensors, name: torch.zeros(3, 5)}, base / "model.safetensors", metadata={"format": "pt"})
+    said = refused(capsys, "model=local", "model.path=base")
+    assert said.startswith("weft: model.path='base': ")
+    assert name in said
+    assert "[3, 5]" in said
+    (base / "model.safetensors").unlink()
+    shards = {key: f"model-0000{1 + (key == name)}-of-00002.safetensors" for key in tensors}
+    save_file({key: value for key, value in tensors.items() if key != name}, base / shards["model.norm.weight"])
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    said = refused(capsys, "model=local", "model.path=base")
+    assert said.startswith("weft: model.path='base': ")
+    assert "model-00002-of-00002.safetensors" in said
+
+
+def test_a_warm_start_of_another_shape_is_refused(tmp_path: Path, capsys: Output) -> None:
+    shapes = linear_shapes(read_config(tiny_path()))
+    layout = SlabLayout.build(shapes, resolve_targets(shapes, ["q_proj"]), 4)
+    write_peft_folder(tmp_path / "peft", layout, torch.zeros(layout.numel), 8, "tiny")
+    said = refused(capsys, "template.lora.warm_start=peft", "template.lora.rank=8")
+    assert "lora.warm_start='peft': PEFT folder peft: r=4 there, rank=8 by the configuration" in said
+    said = refused(capsys, "template.lora.warm_start=peft", "template.lora.rank=4", "template.lora.alpha=8")
+    assert "is missing there" in said
 
 
 def test_a_jsonl_line_that_is_wrong_is_named_by_file_and_line(tmp_path: Path, capsys: Output) -> None:
@@ -181,6 +213,44 @@ def test_a_run_under_other_settings_is_not_resumed_by_mistake(tmp_path: Path, ca
     said = refused(capsys, "template.lora.rank=4")
     assert "adapters.adapter.lora.rank=4: must be 8, as in the run that out holds" in said
     assert "run.fresh=true" in said
+
+
+def damage(folder: Path, how: str) -> None:
+    file = {"truncated": "weights.bin", "altered": "weights.bin", "no manifest": "manifest.json"}[how]
+    if how == "truncated":
+        os.truncate(folder / file, 3)
+    elif how == "altered":
+        (folder / file).write_bytes(b"wEights")
+    else:
+        (folder / file).unlink()
+
+
+@pytest.mark.parametrize("how", ["truncated", "altered", "no manifest"])
+def test_a_damaged_checkpoint_is_passed_over_and_a_run_without_a_whole_one_is_refused(
+    tmp_path: Path, capsys: Output, how: str
+) -> None:
+    (config,) = expand(compose([])).adapters
+    checkpoints = Checkpoints("out", config.name, 2)
+    with hold(tmp_path / "out", make=True):
+        for version in (5, 10):
+            (checkpoints.begin() / "weights.bin").write_bytes(b"weights")
+            checkpoints.commit(config, Progress(version=version), {})
+    older, newer = sorted(checkpoints.folder.glob("0*"))
+    damage(newer, how)
+    with pytest.raises(AssertionError, match="the run was started"):
+        run()
+    found, said = checkpoints.newest()
+    assert found is not None
+    assert found.folder == older
+    assert str(newer) in said[0]
+    assert said[0].endswith("set aside, the one before it is used")
+    damage(older, how)
+    (tmp_path / "out" / "config.yaml").unlink()
+    message = refused(capsys)
+    assert message.startswith(f"weft: run.dir='out': of adapter 'adapter' no checkpoint is whole: {older}/")
+    assert "run.fresh=true starts anew" in message
+    with pytest.raises(AssertionError, match="the run was started"):
+        run("run.fresh=true")
 
 
 def test_a_run_on_another_base_is_not_resumed_by_mistake(tmp_path: Path, capsys: Output) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from weft.pipeline.events import Evaluated, Phase, StepTaken, Warned
+from weft.pipeline.events import AdapterFailed, Evaluated, Phase, StepTaken, Warned
 
 
 def killed_at(simulation, world, folder, configs, seconds):
@@ -105,16 +105,18 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_is_used(simulation, 
     assert outcome.statistics.adapters["a"].phase is Phase.FINISHED
 
 
-def test_an_adapter_whose_checkpoints_are_all_damaged_begins_anew_and_says_so(simulation, memory_folder):
-    config = simulation.adapter_config("a", num_steps=6)
+def test_an_adapter_whose_checkpoints_are_all_damaged_fails_alone_and_none_is_touched(simulation, memory_folder):
+    configs = [simulation.adapter_config(name, num_steps=6) for name in ("a", "b")]
     world = simulation.World(random.Random(0), spread=False)
-    killed_at(simulation, world, memory_folder, [config], 8.0)
-    for path in (memory_folder / "checkpoints" / "a").glob("00000-*/manifest.json"):
-        path.unlink()
-    outcome = killed_at(simulation, world, memory_folder, [config], None)
-    assert [event.version for event in outcome.events if isinstance(event, StepTaken)] == [1, 2, 3, 4, 5, 6]
-    assert outcome.statistics.adapters["a"].lineage == 1
-    assert len([event for event in outcome.events if isinstance(event, Warned)]) == 2
+    killed_at(simulation, world, memory_folder, configs, 8.0)
+    damaged = list((memory_folder / "checkpoints" / "a").glob("00000-*"))
+    for folder in damaged:
+        (folder / "manifest.json").unlink()
+    outcome = killed_at(simulation, world, memory_folder, configs, None)
+    (failure,) = [event for event in outcome.events if isinstance(event, AdapterFailed)]
+    assert failure.adapter == "a" and "no checkpoint is whole" in failure.reason
+    assert all(folder.is_dir() and str(folder) in failure.reason for folder in damaged), "whoever can mend them still can"
+    assert outcome.statistics.adapters["b"].phase is Phase.FINISHED
 
 
 def test_another_configuration_is_refused_before_any_pool_is_asked(simulation, memory_folder):
