@@ -3,7 +3,8 @@
 
 A pool restarts its own processes. What a caller must know of a death comes as an exception:
 samplers.rollout and every trainers call raise PeerDiedError when the process that served them died;
-`wait_ready` returns once the pool is whole again (samplers: every live version re-installed; trainers: empty, so load).
+`wait_ready` returns once the pool is whole again (samplers: the newest version of every adapter is installed again; trainers:
+empty, so load).
 A trainers call that names an adapter whose process has died since its `add` raises PeerDiedError too, however late it comes,
 and `wait_lost` tells whoever makes no call. One death is told in the same words by all of them, another in others.
 A rollout waits for any sampler that is ready, so that the others serve while one is restarted.

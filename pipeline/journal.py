@@ -13,7 +13,6 @@ from weft.pipeline.events import (
     Evaluated,
     Event,
     GroupSampled,
-    Interval,
     LaunchEnded,
     Observer,
     Phase,
@@ -25,7 +24,6 @@ from weft.pipeline.schedule import Stepped
 from weft.pipeline.staleness import oldest_version
 from weft.transport.messages import Group
 
-MAX_INTERVALS = 50_000  # the oldest go first: a timeline of a long run shows its end
 MAX_WARNINGS = 1_000
 
 
@@ -36,8 +34,6 @@ class Journal:
         self._observers = tuple(observers)
         self._clock = clock
         self._began = clock()
-        self._since: dict[str, tuple[Phase, float]] = {}  # adapters that have not ended
-        self._intervals: deque[Interval] = deque(maxlen=MAX_INTERVALS)
         self._warnings: deque[str] = deque(maxlen=MAX_WARNINGS)
 
     def now(self) -> float:
@@ -56,13 +52,7 @@ class Journal:
 
     def note_phase(self, adapter: Adapter) -> None:
         """Say which phase the adapter is in."""
-        now = self.now()
-        before = self._since.pop(adapter.name, None)
-        if before is not None:
-            self._intervals.append(Interval(adapter.name, before[0], before[1], now))
-        if not adapter.phase.ended:
-            self._since[adapter.name] = (adapter.phase, now)
-        self.tell(PhaseChanged(now, adapter.name, adapter.phase))
+        self.tell(PhaseChanged(self.now(), adapter.name, adapter.phase))
 
     def warn(self, adapter: str, message: str) -> None:
         """Say what the user should know."""
@@ -121,11 +111,6 @@ class Journal:
                 environment=rollouts.environment,
             )
         )
-
-    def intervals(self) -> tuple[Interval, ...]:
-        """Every phase of every adapter, in the order in which they ended; those that go on end now."""
-        now = self.now()
-        return (*self._intervals, *(Interval(name, phase, start, now) for name, (phase, start) in self._since.items()))
 
     def warnings(self) -> tuple[str, ...]:
         """All that was warned of."""

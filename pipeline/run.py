@@ -1,4 +1,4 @@
-"""The one page: how many adapters learn at once on three pools. One `_live` task an adapter; they share the pools, no locks.
+"""The one page: how many adapters learn at once on three pools. One `_live` task an adapter; they share the pools.
 
     prompts ──> [gate] ──> samplers ──> FIFO of groups ──> trainers ──> param sync ──.
                   ^        (FairShare)                   (StepScheduler)              |
@@ -7,11 +7,11 @@
     loop            waits for                                      who unblocks it
     _live           its trainer, after that died                   the pool, which restarts it
     _watch          the death of its trainer                       the pool, or the end of the lineage
-    _train          the oldest groups                              _rollout; or whoever interrupts: leave, a death, a fault
+    _train          the oldest groups                              Rollouts; or whoever interrupts: leave, a death, a fault
                     its place in a trainer launch, and the launch  StepScheduler, when that of its trainer ends
                     every sampler to install the version           the parameter sync
     _sample         a place of the gate                            _train, after the install
-    _rollout        places on the samplers, in fair shares         any _rollout that ends
+    Rollouts        places on the samplers, in fair shares         any group that ends
                     a sampler that is ready; after several         the pool, which restarts them
                     deaths all of them, and the other suspects     and the suspect that runs, when it ends
 
@@ -35,18 +35,18 @@ from weft.pipeline.adapter import Adapter
 from weft.pipeline.batch import Ready, count_late, figures, make_batch, token_ages
 from weft.pipeline.checkpoint import check_resume
 from weft.pipeline.evaluate import evaluate
-from weft.pipeline.events import Interval, Observer, Phase, PipelineStatistics
+from weft.pipeline.events import Observer, Phase, PipelineStatistics
 from weft.pipeline.interfaces import Pools
 from weft.pipeline.journal import Journal
 from weft.pipeline.prompts import PromptSource
 from weft.pipeline.recovery import Recovery
+from weft.pipeline.rollout import Rollouts
 from weft.pipeline.schedule import FairShare, StepScheduler
 from weft.pipeline.staleness import StalenessGate, staleness
 from weft.transport.errors import AdapterFault, CheckpointError, InstallError, PeerDiedError
 from weft.transport.messages import Group
 
-MAX_DEATHS = 5  # of samplers under one group, or of a trainer under one adapter between two steps: more are no accident
-SUSPECT_DEATHS = 2  # under one group: chance gives it one, seldom two
+MAX_DEATHS = 5  # of a trainer under one adapter between two steps: more are no accident
 Groups = asyncio.Queue[asyncio.Task[Group | None]]
 
 
@@ -67,8 +67,8 @@ class Pipeline:
         self._tasks = asyncio.TaskGroup()
         self._journal = Journal(observers, clock)
         self._recovery = Recovery(settings, pools.trainers, self._journal)
-        self._suspects = asyncio.Lock()
         self._share = FairShare(lambda: pools.samplers.capacity, clock)
+        self._rollouts = Rollouts(pools.samplers, self._share, self._journal)
         self._steps = StepScheduler(pools.trainers, trainer.token_budget, self._tasks, clock, self._journal.launch_ended)
 
     async def run(self, configs: Iterable[AdapterConfig]) -> PipelineStatistics:
@@ -115,10 +115,6 @@ class Pipeline:
         adapters = {name: adapter.statistics(self._share.in_flight(name)) for name, adapter in self._adapters.items()}
         samplers, trainers = self._share.statistics(), self._steps.statistics()
         return PipelineStatistics(self._journal.now(), adapters, samplers, trainers, self._journal.warnings())
-
-    def intervals(self) -> tuple[Interval, ...]:
-        """Which adapter was in which phase, and when."""
-        return self._journal.intervals()
 
     # ---- one adapter ----
 
@@ -189,34 +185,7 @@ class Pipeline:
         async with asyncio.TaskGroup() as rollouts:
             while prompts.position < adapter.config.num_steps * adapter.config.groups_per_step:
                 await gate.admit()
-                groups.put_nowait(rollouts.create_task(self._rollout(adapter, prompts.next())))
-
-    async def _rollout(self, adapter: Adapter, prompt_index: int, held_out: bool = False) -> Group | None:
-        """One group under the version installed when its turn comes, again if its sampler dies. None: `fault` says why.
-
-        A prompt that kills its sampler kills what runs beside it. Groups that have seen several deaths go one at a time, so
-        that the guilty one alone comes to MAX_DEATHS.
-        """
-        samplers, size, ticket = self._pools.samplers, 1 if held_out else adapter.config.group_size, self._share.ticket()
-        for deaths in range(MAX_DEATHS):
-            alone = self._suspects if deaths >= SUSPECT_DEATHS else contextlib.nullcontext()
-            async with alone, self._share.places(adapter.name, size, ticket):
-                began = self._journal.now()
-                assert adapter.installed is not None
-                try:
-                    group = await samplers.rollout(adapter.installed, prompt_index, size, held_out)
-                except PeerDiedError as error:
-                    died = error
-                except (AdapterFault, InstallError) as fault:
-                    adapter.interrupt(fault)
-                    return None
-                else:
-                    self._journal.group_sampled(adapter, group, began, held_out)
-                    return group
-            if deaths + 1 >= SUSPECT_DEATHS:
-                await samplers.wait_ready()  # so that a guilty one takes them down one at a time
-        adapter.interrupt(AdapterFault(f"{adapter.name}: {MAX_DEATHS} samplers died of prompt {prompt_index}: {died}"))
-        return None
+                groups.put_nowait(rollouts.create_task(self._rollouts.sample(adapter, prompts.next())))
 
     async def _publish(self, adapter: Adapter) -> float:
         """Returns when every sampler has the adapter's version, with the seconds that took; new rollouts start with it."""
@@ -229,7 +198,7 @@ class Pipeline:
         if not adapter.config.eval_prompts:
             return
         self._enter(adapter, Phase.EVALUATING)
-        rollout = partial(self._rollout, adapter, held_out=True)
+        rollout = partial(self._rollouts.sample, adapter, held_out=True)
         result = await evaluate(adapter.config.eval_prompts, rollout, adapter.faulted)
         adapter.raise_fault()
         assert result is not None, "a rollout that is given up says why"
