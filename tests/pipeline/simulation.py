@@ -105,12 +105,16 @@ class World:
     ages: dict[str, list[int]] = field(default_factory=dict)
     launches: list[tuple[str, ...]] = field(default_factory=list)
     names: dict[AdapterRef, str] = field(default_factory=dict)  # law 2: what each name once meant
-    reward: Callable[[str, int], float] = lambda name, prompt_index: random.random()
+    reward: Callable[[str, int], float] | None = None  # None: any from 0 to 1
     loss_fault: Callable[[AdapterRef], bool] = lambda ref: False
 
     def duration(self, mean: float) -> float:
         """Exponential with this mean, or just that."""
         return mean * self.random.expovariate(1.0) if self.spread else mean
+
+    def rewarded(self, name: str, prompt_index: int) -> float:
+        """The reward of one rollout."""
+        return self.random.random() if self.reward is None else self.reward(name, prompt_index)
 
     async def pause(self, mean: float) -> None:
         """Take `mean` seconds on average."""
@@ -191,9 +195,10 @@ class SimulatedSamplers:
         world, config = self.world, self.world.configs[ref.name]
         assert ref in world.acknowledged, f"law 3: {ref} is not installed"
         assert ref.name in self.added
-        assert world.rollouts < world.capacity, "work for a full pool"
         world.running[ref.name] += 1
         world.rollouts += group_size
+        largest = max(config.group_size for config in world.configs.values())
+        assert world.rollouts < world.capacity + largest, "more than a group beyond a full pool"
         bound = max((config.max_staleness + 1) * config.groups_per_step, config.eval_prompts)
         assert world.running[ref.name] <= bound or not world.count_places, "law 10: more groups than places"
         try:
@@ -203,7 +208,7 @@ class SimulatedSamplers:
             world.running[ref.name] -= 1
             world.rollouts -= group_size
         try:
-            rewards = [world.reward(ref.name, prompt_index) for _ in range(group_size)]
+            rewards = [world.rewarded(ref.name, prompt_index) for _ in range(group_size)]
         except ArithmeticError as error:
             raise AdapterFault("the reward raised", type(error).__name__, "Traceback of the sampler") from None
         samples = tuple(_sample(prompt_index, ref.version, reward) for reward in rewards)

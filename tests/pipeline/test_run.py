@@ -460,7 +460,7 @@ def test_an_adapter_that_left_goes_on_when_it_joins_again(simulation, memory_fol
 @pytest.mark.parametrize("seed", range(20))
 def test_joins_leaves_and_deaths_at_any_moment_disturb_nobody_else(simulation, memory_folder, seed):
     async def beside(simulated):
-        chance, names = random.Random(seed), list(simulated.world.configs)
+        chance, names = random.Random(seed), [config.name for config in configs]
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(deaths(seed)(simulated))
             for i in range(4):
