@@ -6,7 +6,7 @@ import textwrap
 from typing import Any
 
 from weft.configs.compose import defaults, descriptions
-from weft.configs.schema import AdapterConfig, ClusterConfig, RunConfig
+from weft.configs.schema import ADVANTAGES, LOSSES, MAX_RANK, AdapterConfig, ClusterConfig, RunConfig
 
 WIDTH = 118
 USAGE = """\
@@ -44,13 +44,13 @@ MAIN = (
         ("group_size", "rollouts of one prompt"),
         ("max_staleness", "optimizer steps between the oldest token sampled and the step that trains it, at most"),
         ("eval_prompts", "held-out prompts before and after training; 0: none"),
-        ("lora.rank", "1 to 512"),
+        ("lora.rank", f"1 to {MAX_RANK}"),
         ("lora.alpha", "the update is alpha / rank * B A"),
         ("lora.target_modules", "all-linear, or names such as [q_proj,v_proj]"),
         ("lora.warm_start", "a PEFT folder of the same shape"),
         ("optimizer.learning_rate", "of AdamW"),
-        ("loss.name", "importance_sampling, ppo, grpo, dr_grpo, cispo, gspo, dppo, decoupled_ppo, cross_entropy"),
-        ("loss.advantage", "auto (the loss's own), grpo, dr_grpo, rloo, reinforce"),
+        ("loss.name", ", ".join(LOSSES)),
+        ("loss.advantage", ", ".join(ADVANTAGES) + "; auto: the loss's own"),
         ("loss.kl_coefficient", "weight of the KL divergence to the base"),
         ("sampling.temperature", ""),
         ("sampling.max_tokens", "new tokens a turn"),
