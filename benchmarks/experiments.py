@@ -4,8 +4,8 @@
     python benchmarks/experiments.py --smoke    three of them, four steps each: under three minutes on two cores
 
 serial: one adapter at a time, each with both pools to itself; the engine stays warm between them. together: all at once, as
-weft runs them. Samplers, trainer and sync are the same processes in both, and have sampled, trained and synced a small
-adapter before the clock starts. All experiments are wanted at second 0, so an experiment's time is when it has ended:
+weft runs them. Samplers, trainer and sync are the same processes in both, and have sampled, trained and synced two steps
+of the first adapter before the clock starts. All experiments are wanted at second 0, so an experiment's time is when it ends:
 
     First, Mean, Final Experiment Time    the first end, the mean of all ends, the last end
     ratio                                 serial / together: above 1, together is sooner
@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import uvloop
 
     from weft.configs.expand import to_mapping
-    from weft.pipeline.folder import hold, move_aside
+    from weft.pipeline.folder import hold, is_run, move_aside
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="fewer adapters and steps; the result goes to the output folder")
@@ -228,7 +228,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     config = prepare(arguments.overrides, arguments.smoke, arguments.dir)
     folder = Path(arguments.dir)
-    move_aside(folder)
+    if is_run(folder):
+        with hold(folder):  # not under one that runs
+            move_aside(folder)
     facts = {"commit": commit(), "hardware": hardware(), "versions": versions(VERSIONS)}
     began = time.monotonic()
     with hold(folder, make=True):

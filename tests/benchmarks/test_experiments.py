@@ -167,10 +167,13 @@ def test_the_smoke_form_asks_for_less_and_for_known_settings(benchmark, monkeypa
 
 def test_every_committed_result_says_what_it_was_measured_on(benchmark):
     check_result = importlib.import_module("record").check_result
+    seen = set()
     for path in sorted((ROOT / "benchmarks" / "results").glob("**/*.json")):
         result = json.loads(path.read_text())
         check_result(result)
+        seen.add(result["benchmark"])
         if result["benchmark"] == "experiments":
             assert set(result["policies"]) == set(benchmark.POLICIES)
             assert result["ratios"] == benchmark.ratios(result["policies"])
             assert all(policy["staleness_violations"] == 0 for policy in result["policies"].values())
+    assert "experiments" in seen
