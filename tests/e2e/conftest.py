@@ -83,13 +83,13 @@ def weft(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     still runs at the end of the module is ended, by pid."""
     started: list[Run] = []
 
-    def start(folder: Path, *overrides: str, terminal: int | None = None) -> Run:
+    def start(folder: Path, *overrides: str, terminal: int | None = None, cwd: Path | None = None) -> Run:
         log = tmp_path_factory.mktemp("log") / "output.txt"
         command = [sys.executable, "-m", "weft.pipeline.main", f"run.dir={folder}", "run.table=plain", *overrides]
         stdin, take_terminal = (subprocess.DEVNULL, None) if terminal is None else (terminal, _take_terminal)
         with log.open("w") as output:
             process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, stdin=stdin, text=True,
+                command, stdout=output, stderr=subprocess.STDOUT, stdin=stdin, text=True, cwd=cwd,
                 start_new_session=terminal is not None, preexec_fn=take_terminal,
             )
         started.append(Run(process, folder, log))
@@ -136,7 +136,8 @@ adapters:
   calculator-cispo:
     max_staleness: 2
     lora: {rank: 16, alpha: 32, target_modules: [q_proj, v_proj, down_proj]}
-    loss: {name: cispo, advantage: rloo}
+    optimizer: {learning_rate: 4e-3, max_grad_norm: 0.2}
+    loss: {name: cispo, advantage: rloo, clip_low: 1.0, clip_high: 1.0}  # steady at staleness 2, all the time
   letters:
     max_staleness: 1
     lora: {rank: 4, alpha: 8}

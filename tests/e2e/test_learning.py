@@ -3,20 +3,93 @@
 from __future__ import annotations
 
 import json
+import tempfile
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
+from weft.actors.cluster import Cluster
+from weft.configs.schema import ClusterConfig
 
 STEPS = 20
+NAMES = ("calculator-strict", "calculator-cispo", "letters")
 
 
 @pytest.fixture(scope="module")
 def run(weft: Any, adapters: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     run = weft(tmp_path_factory.mktemp("learning") / "run", adapters, "adapters=three", "cluster.dashboard_port=0")
+    run.metrics = ""
+
+    def all_there() -> bool:
+        run.metrics = prometheus_text(run.folder) or run.metrics
+        return all(f'adapter="{name}"' in reward_lines(run.metrics) for name in NAMES)
+
+    run.wait_until(all_there, "a reward of each adapter in Ray's Prometheus text")
     assert run.wait() == 0, run.output()[-4000:]
     return run
+
+
+def prometheus_text(folder: Path) -> str:
+    """What Ray's nodes show to Prometheus now, found as Prometheus finds it."""
+    ray_folder = Path(tempfile.gettempdir()) / f"weft-ray-{Cluster(ClusterConfig(), str(folder)).run_id}"
+    try:
+        found = json.loads((ray_folder / "prom_metrics_service_discovery.json").read_text())
+        targets = [target for group in found for target in group["targets"]]
+        return "".join(urllib.request.urlopen(f"http://{target}/metrics", timeout=5).read().decode() for target in targets)
+    except (OSError, ValueError):  # not yet there, or being written
+        return ""
+
+
+def reward_lines(text: str) -> str:
+    return "\n".join(line for line in text.splitlines() if line.startswith("ray_weft_reward_mean{"))
+
+
+def test_each_adapters_metrics_are_in_rays_prometheus_text_under_its_name(run: Any) -> None:
+    lines = [line for line in run.metrics.splitlines() if line.startswith("ray_weft_")]
+    for name in NAMES:
+        mine = {line.split("{")[0] for line in lines if f'adapter="{name}"' in line}
+        assert {"ray_weft_reward_mean", "ray_weft_staleness_max", "ray_weft_logprob_diff", "ray_weft_step"} <= mine, mine
+
+
+def test_a_users_file_and_reward_a_sweep_and_a_warm_start_from_an_earlier_run(run: Any, weft: Any, tmp_path: Path) -> None:
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    rows = [{"prompt": f"Say {number}", "wanted": str(number)} for number in range(40)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = weft(
+        Path("out"), "environment=jsonl", "environment.settings.path=questions.jsonl",
+        "environment.settings.reward=rewards.digits", "sweep.learning_rate=[1e-3,4e-3]",
+        f"template.lora.warm_start={run.summary()['adapters']['letters']['peft_path']}", "template.lora.rank=4",
+        "template.lora.alpha=8", "every.num_steps=2", "every.batch_size=16", "every.group_size=4", "every.eval_prompts=4",
+        "every.sampling.max_tokens=8", "cluster.dashboard_port=0", cwd=tmp_path,
+    )  # fmt: skip
+    assert own.wait() == 0, own.output()[-4000:]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert len(summary["adapters"]) == 2
+    assert all(adapter["state"] == "finished" and adapter["version"] == 2 for adapter in summary["adapters"].values())
+    steps = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert max(step["logprob_diff"] for step in steps if "logprob_diff" in step) < 1e-3
+    begun = {name: weights(tmp_path / "out" / "adapters" / name) for name in summary["adapters"]}
+    before = weights(Path(run.summary()["adapters"]["letters"]["peft_path"]))
+    moved = sorted(float((after - before).abs().mean()) for after in begun.values())
+    assert 0 < moved[0] < moved[1] < before.abs().mean(), "both went on from there, each at its own learning rate"
+
+
+def weights(folder: Path) -> torch.Tensor:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return torch.cat([tensors[name].flatten().float() for name in sorted(tensors)])
+
+
+REWARDS = """
+import time
+
+def digits(completion, row):
+    time.sleep(0.01)  # blocks its own thread
+    return sum(character.isdigit() for character in completion) / 8
+"""
 
 
 def test_held_out_success_rises(run: Any) -> None:
