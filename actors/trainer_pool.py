@@ -78,11 +78,17 @@ class TrainerPool:
 
     async def add(self, config: AdapterConfig, lineage: int) -> None:
         await self.wait_ready()
-        home = self._home.get(config.name)
-        if home is None or home.ended:
-            home = self._lives[min(self._members, key=self._count)]
-        await home.request(messages.AddAdapter(to_mapping(config), lineage), self._deadline_s)
-        self._home[config.name] = home
+        before = self._home.get(config.name)
+        home = self._lives[min(self._members, key=self._count)] if before is None or before.ended else before
+        self._home[config.name] = home  # before it is asked: those that join meanwhile count this one too
+        try:
+            await home.request(messages.AddAdapter(to_mapping(config), lineage), self._deadline_s)
+        except BaseException:
+            if before is None:
+                self._home.pop(config.name, None)
+            else:
+                self._home[config.name] = before
+            raise
 
     async def drop(self, name: str) -> None:
         home = self._home.pop(name, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -97,6 +97,10 @@ class Trainer:
     async def handle(self, message: Any) -> Any:
         match message:
             case messages.AddAdapter():
+                self.world.adds += 1
+                await self.world.may_add.wait()
+                if message.config["name"] in self.world.broken:
+                    raise AdapterFault("its weights cannot be made", kind="ValueError", traceback="here")
                 self.versions[message.config["name"]] = AdapterRef(message.config["name"], message.lineage, 0)
                 return messages.AdapterAdded()
             case messages.TrainStep():
@@ -171,9 +175,11 @@ class World:
         self.held_back: set[str] = set()  # that do not start
         self.unjoinable: set[str] = set()  # endpoints
         self.publishing = asyncio.Event()
-        self.may_publish, self.may_join = asyncio.Event(), asyncio.Event()
+        self.may_publish, self.may_join, self.may_add = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.may_publish.set()
         self.may_join.set()
+        self.may_add.set()  # to a trainer
+        self.adds = 0  # that trainers were asked for
         self.tasks: asyncio.TaskGroup
 
     def member(self, name: str, kind: Callable[[World], Any], clock: Callable[[], float] | None = None) -> Member:
@@ -484,16 +490,51 @@ def test_a_rollout_waits_for_the_first_sampler_that_is_ready() -> None:
     asyncio.run(law())
 
 
+@asynccontextmanager
+async def two_trainers(deadline_s: float = 5) -> AsyncIterator[tuple[TrainerPool, World, asyncio.TaskGroup]]:
+    world = World()
+    async with asyncio.timeout(20), asyncio.TaskGroup() as world.tasks:
+        members = [world.member(f"trainer-{index}", Trainer) for index in range(2)]
+        pool = TrainerPool(members, deadline_s)
+        kept = [
+            world.tasks.create_task(member.keep(partial(pool.prepare, member), partial(pool.lost, member)))
+            for member in members
+        ]
+        await pool.wait_ready()
+        try:
+            yield pool, world, world.tasks
+        finally:
+            for task in kept:
+                task.cancel()
+
+
+def test_adapters_that_join_at_once_are_spread_evenly_and_one_that_fails_to_join_counts_no_more() -> None:
+    async def law() -> None:
+        async with two_trainers() as (pool, world, _):
+            world.may_add.clear()
+            world.broken |= {"b", "d"}
+
+            async def add(name: str) -> None:
+                with suppress(AdapterFault):
+                    await pool.add(AdapterConfig(name), 0)
+
+            async with asyncio.TaskGroup() as tasks:
+                for name in "abcd":
+                    tasks.create_task(add(name))
+                await world.until(lambda: world.adds == 4)
+                world.may_add.set()
+            assert [list(world.now(f"trainer-{index}").actor.versions) for index in range(2)] == [["a", "c"], []]
+            async with asyncio.TaskGroup() as tasks:
+                for name in "efgh":
+                    tasks.create_task(add(name))
+            assert [len(world.now(f"trainer-{index}").actor.versions) for index in range(2)] == [3, 3]
+
+    asyncio.run(law())
+
+
 def test_one_of_two_trainers_dies_only_its_adapters_are_lost_and_all_calls_say_the_same() -> None:
     async def law() -> None:
-        world = World()
-        async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
-            world.tasks = tasks
-            members = [world.member(f"trainer-{index}", Trainer) for index in range(2)]
-            pool = TrainerPool(members, 5)
-            kept = [
-                tasks.create_task(member.keep(partial(pool.prepare, member), partial(pool.lost, member))) for member in members
-            ]
+        async with two_trainers() as (pool, world, tasks):
             for name in "abc":  # b lives alone on trainer-1
                 await pool.add(AdapterConfig(name), 0)
             waiting = {name: tasks.create_task(pool.wait_lost(name)) for name in "abc"}
@@ -511,8 +552,7 @@ def test_one_of_two_trainers_dies_only_its_adapters_are_lost_and_all_calls_say_t
             await pool.step([batch(AdapterRef("a", 1, 0))])
             await world.kill("trainer-0")
             assert await pool.wait_lost("a") not in why
-            for task in (*kept, waiting["b"]):
-                task.cancel()
+            waiting["b"].cancel()
 
     asyncio.run(law())
 
