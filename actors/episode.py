@@ -15,9 +15,9 @@ import asyncio
 import hashlib
 import math
 import traceback
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -151,16 +151,17 @@ async def run_episode(
         tokens=np.asarray(tape.tokens, np.int32),
         versions=np.asarray(tape.versions, np.int32),
         logprobs=np.asarray(tape.logprobs, np.float32),
-        reward=float(reply.reward),
+        reward=reply.reward,
         turns=index + 1,
         truncated=truncated,
-        metrics={key: float(value) for key, value in metrics.items()},
+        metrics=metrics,
     )
 
 
 async def _reply(
     environment: Environment | EnvironmentThread, prompt: Prompt, turns: Sequence[ChatMessage], deadline_s: float
 ) -> Reply:
+    """What the environment replies, its figures as plain floats. Raises for whatever is no reply."""
     task = asyncio.current_task()
     assert task is not None
     try:
@@ -176,7 +177,21 @@ async def _reply(
         raise TypeError(f"respond returned {type(reply).__name__}: must be a Reply")
     if not math.isfinite(reply.reward):
         raise ValueError(f"reward={reply.reward!r}: must be a finite number")
-    return reply
+    return replace(reply, reward=float(reply.reward), metrics=_figures(reply.metrics))
+
+
+def _figures(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What travels as a sample's metrics. Raises TypeError for a key, ValueError for a figure that cannot."""
+    figures: dict[str, float] = {}
+    for key, value in metrics.items():
+        if not isinstance(key, str):
+            raise TypeError(f"metrics have a key {key!r}: must be a string")
+        key.encode()  # half a surrogate pair cannot travel
+        try:
+            figures[key] = float(value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"metrics[{key!r}]={value!r:.80}: must be a number") from error
+    return figures
 
 
 @contextmanager

@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from weft.actors.environment import Prompt, Reply
 from weft.actors.episode import Bounds, Chat, Turn, run_episode, seed_of
+from weft.transport.codec import decode, encode
 from weft.transport.errors import AdapterFault
-from weft.transport.messages import UNSAMPLED, AdapterRef, Sample
+from weft.transport.messages import UNSAMPLED, AdapterRef, Group, Sample
 
 REF = AdapterRef("riddles", 0, 3)
 TOOLS = [{"type": "function", "function": {"name": "Add", "parameters": {"type": "object", "properties": {}}}}]
@@ -217,6 +218,24 @@ def test_an_environments_fault_is_its_adapters_alone(tokenizer: Any, fault: Any)
     with pytest.raises(AdapterFault, match="riddles: its environment's respond raised") as caught:
         play(tokenizer, Scripted(fault), Speaker(tokenizer, "a"))
     assert "Traceback" in caught.value.traceback
+
+
+@pytest.mark.parametrize("done", [True, False])
+@pytest.mark.parametrize(
+    "metrics", [{"why": "wrong"}, {"why": None}, {"why": "\ud800"}, {3: 1.0}, {"many": 10**400}, {"\ud800": 1.0}, None, ["why"]]
+)
+def test_a_metric_that_is_no_number_is_its_adapters_fault_alone(tokenizer: Any, metrics: Any, done: bool) -> None:
+    with pytest.raises(AdapterFault, match="riddles: its environment's respond raised") as caught:
+        play(tokenizer, Scripted(Reply(done=done, metrics=metrics)), Speaker(tokenizer, "a"), Bounds(1, 64, 2000))
+    assert "Traceback" in caught.value.traceback
+
+
+@pytest.mark.parametrize("one", [1, True, 1.0, np.float32(1), np.int64(1), np.array(1.0)])
+def test_numbers_of_any_type_travel_as_rewards_and_metrics(tokenizer: Any, one: Any) -> None:
+    sample = play(tokenizer, Scripted(Reply(done=True, reward=one, metrics={"one": one})), Speaker(tokenizer, "a"))
+    group = Group(REF, 0, (sample,))
+    assert decode(encode(group)).samples[0].metrics == {"one": 1.0}
+    assert decode(encode(group)).samples[0].reward == 1.0
 
 
 def test_a_rollout_that_is_given_up_is_no_fault_of_its_environment(tokenizer: Any) -> None:
