@@ -10,6 +10,7 @@ goes wrong in a group dissolves it, and those that still wait get the slab under
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
@@ -26,6 +27,7 @@ from weft.transport.messages import AdapterRef, GetStatistics, Install, Receive,
 T = TypeVar("T")
 ROUNDS = 3  # broadcasts of one slab that may fail before it has failed
 MAX_GROUPS = 4  # kept for the sets of samplers seen last
+_log = logging.getLogger(__name__)
 
 
 class Client(Protocol):
@@ -98,7 +100,8 @@ class FanOut:
 
     def __init__(self, config: SyncConfig, host: str) -> None:
         """Raises ValueError for a backend that is not there, OSError if the rendezvous store cannot listen on `host`."""
-        check_backend(config.backend)
+        self.backend = "gloo" if config.backend == "gloo" else "nccl"  # in use
+        check_backend(self.backend)
         self._config = config
         self._store = RendezvousStore(host)
         self._run = uuid.uuid4().hex[:8]  # samplers outlive relays, and an epoch is used once
@@ -106,18 +109,20 @@ class FanOut:
         self._turn = asyncio.Lock()  # one slab at a time is announced and broadcast: what is announced first comes first
         self.epoch = 0
         self.bytes_sent = 0
+        self.home = torch.device("cuda", max(torch.cuda.device_count() - 1, 0))  # for slabs that come from the host
 
     async def send(self, handle: SlabHandle, slab: torch.Tensor, peers: Sequence[Peer]) -> Times:
         """Returns when every peer that is still serving has installed the slab (uint8 [nbytes]).
 
         Raises InstallError naming the samplers that refuse it; RendezvousError, PeerDiedError or DeadlineError when
-        ROUNDS broadcasts have failed.
+        ROUNDS broadcasts have failed: over NCCL, and then, if the configuration allows it, through the host too.
         """
         times, failures = Times(), list[WeftError]()
         refusals: dict[Peer, WeftError] = {}
         while waiting := [peer for peer in peers if peer not in refusals and self._waits(peer, handle.ref)]:
             if len(failures) >= ROUNDS:
-                raise failures[-1]
+                self._fall_back(failures[-1])
+                failures.clear()
             try:
                 refusals |= await self._round(handle, slab, waiting, times)
             except (PeerDiedError, RendezvousError, DeadlineError) as error:
@@ -131,6 +136,14 @@ class FanOut:
         """End every group with such a peer."""
         for group in [group for group in self._groups.values() if any(map(gone, group.peers))]:
             self._end(group)
+
+    def _fall_back(self, failure: WeftError) -> None:
+        """From now on through the host. Raises `failure` if there is nothing to fall back to, or it is not allowed."""
+        if self.backend == "gloo" or self._config.backend != "nccl-or-gloo":
+            raise failure
+        _log.warning("parameter sync goes through the host (gloo) from now on, since over %s: %s", self.backend, failure)
+        self.backend = "gloo"
+        self.dissolve()
 
     def _waits(self, peer: Peer, ref: AdapterRef) -> bool:
         return peer.serving and peer.installed.get(ref.name) != ref
@@ -216,7 +229,7 @@ class FanOut:
         self.epoch += 1
         epoch = f"{self._run}-{self.epoch}"
         size, config = len(peers) + 1, self._config
-        link = BroadcastGroup(self._store.address, epoch, 0, size, config.backend, config.deadline_s)
+        link = BroadcastGroup(self._store.address, epoch, 0, size, self.backend, config.deadline_s)
         group = self._groups[peers] = _Group(epoch, peers, link)
         while len(self._groups) > MAX_GROUPS:
             self._end(next(iter(self._groups.values())))
@@ -235,12 +248,14 @@ class FanOut:
             epoch=group.epoch,
             rank=group.peers.index(peer) + 1,
             world_size=len(group.peers) + 1,
-            backend=self._config.backend,
+            backend=self.backend,
             deadline_s=self._config.deadline_s,
         )
 
     def _placed(self, slab: torch.Tensor) -> torch.Tensor:
-        return slab.cuda() if self._config.backend == "nccl" else slab
+        if self.backend == "gloo":
+            return slab.cpu()
+        return slab if slab.is_cuda else slab.to(self.home)
 
 
 async def ask_all(peers: Sequence[Peer], message: Any, deadline_s: float) -> dict[Peer, WeftError]:

@@ -46,6 +46,7 @@ class Adapter:
     ref: AdapterRef
     layout: SlabLayout
     fault: str = ""  # of the gradient that it holds
+    canary: tuple[AdapterRef, float] | None = None  # its log-probability under the weights of that version
     lock: threading.Lock = field(default_factory=threading.Lock)  # held by whoever reads or changes its weights
 
     @property
@@ -93,13 +94,14 @@ class Tally:
 
 
 class Learner:
-    """The compute of a trainer. Blocking; for one thread, but `canary` for any."""
+    """The compute of a trainer. Blocking; for one thread, but `canaries` for any."""
 
     def __init__(self, decoder: Decoder, store: AdapterStore, device: torch.device, token_budget: int) -> None:
         self._decoder, self._store, self._device, self._token_budget = decoder, store, device, token_budget
         self._canary = torch.tensor(canary_tokens(decoder.head.shape[0]), device=device)
         no_adapter = LoraBatch((0,), ())
-        self.base_canary = self._canary_logprob(no_adapter)  # now, so that the decoder's tables are long enough for any canary
+        # Now, so that the decoder's tables are long enough for any canary.
+        self.base_canary = self._canary_logprobs(no_adapter, [0, len(self._canary) - 1])[0]
 
     def forward_backward(self, adapters: Sequence[Adapter], batches: Sequence[TrainBatch]) -> list[dict[str, float]]:
         """Adds to the adapters' gradients; returns each one's metrics. Where a loss is not finite, `Adapter.fault` says so, and
@@ -181,17 +183,23 @@ class Learner:
                 scores.base_logprobs[piece.sources] = self._logprobs(pieces, [adapter], None)[0][0].cpu().numpy()
         return scores
 
-    def canary(self, adapter: Adapter, slabs: Slabs) -> float:
-        """The canary's log-probability under these weights, temperature 1."""
-        lora = LoraBatch.build([0, len(self._canary) - 1], [adapter.config.lora.scale], [adapter.layout.views(slabs.weights)])
-        return self._canary_logprob(lora)
+    def canaries(self, adapters: Sequence[Adapter]) -> list[float]:
+        """The canary's log-probability under each adapter's weights, temperature 1, by one forward."""
+        with self._store.hold([adapter.name for adapter in adapters]) as held:
+            length = len(self._canary) - 1
+            offsets = list(range(0, len(adapters) * length + 1, length))
+            trained = self._trained(adapters, held, gradients=False)
+            build = SlabBatch.build if self._device.type == "cuda" else LoraBatch.build
+            return self._canary_logprobs(build(offsets, [adapter.config.lora.scale for adapter in adapters], trained), offsets)
 
     @torch.no_grad()
-    def _canary_logprob(self, lora: LoraBatch) -> float:
-        inputs, targets = self._canary[:-1], self._canary[1:]
-        hidden = self._decoder(inputs, [0, len(inputs)], lora)
+    def _canary_logprobs(self, lora: LoraBatch | SlabBatch, offsets: Sequence[int]) -> list[float]:
+        rows = len(offsets) - 1
+        inputs, targets = self._canary[:-1].repeat(rows), self._canary[1:].repeat(rows)
+        hidden = self._decoder(inputs, offsets, lora, exact=True)  # as samplers compute it
         logprobs, _ = token_logprobs(hidden, self._decoder.head, targets, torch.ones(len(targets), device=self._device))
-        return float(logprobs.double().sum())
+        found: list[float] = logprobs.double().view(rows, -1).sum(1).tolist()
+        return found
 
     def _launch(
         self,

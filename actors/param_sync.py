@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from weft.actors.fan_out import Client, FanOut, Peer, ask_all
+from weft.actors.slab_ipc import Taker
 from weft.configs.schema import SyncConfig
 from weft.transport import channel
 from weft.transport.errors import InstallError, PeerDiedError, WeftError
@@ -40,6 +41,8 @@ from weft.transport.messages import (
     SlabHandle,
     SyncStatistics,
 )
+
+DEVICE_BYTES = 8 << 30  # of slabs that are kept on a GPU, which is a trainer's; more go to the host, those not sent for longest
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class ParamSync:
         self._held: dict[str, _Held] = {}
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()  # by adapter
         self._fan_out: FanOut | None = None
+        self._taker = Taker()
         self._distributed = 0
 
     async def start(self) -> None:
@@ -94,18 +98,31 @@ class ParamSync:
         handle = message.handle
         lock = self._lock(handle.ref.name)
         async with lock:
-            slab = await asyncio.to_thread(_take, handle)
-            held = _Held(replace(handle, host="", path="", data=None), slab)
+            slab = await asyncio.to_thread(_take, handle, self._taker)
+            self._fan().home = self._taker.home or self._fan().home
+            held = _Held(replace(handle, host="", path="", on_device=False, data=None), slab)
             # One that has left, or never came, is not waited for: what it misses it gets when it joins.
             peers = [self._peers[sampler] for sampler in message.samplers if sampler in self._peers]
             times = await self._fan().send(held.handle, slab, peers)
-            self._held[handle.ref.name] = held
+            self._held.pop(handle.ref.name, None)
+            self._held[handle.ref.name] = held  # the last is the one sent last
+            await self._trim()
             if message.supersedes is not None and message.supersedes != handle.ref:
                 await self._retire(message.supersedes, peers)
         self._distributed += 1
-        return Distributed(
-            seconds=time.monotonic() - started, broadcast_seconds=times.broadcast, install_seconds=times.install
-        )
+        return Distributed(seconds=time.monotonic() - started, broadcast_seconds=times.broadcast, install_seconds=times.install)
+
+    async def _trim(self) -> None:
+        """Keep DEVICE_BYTES on the GPU at most."""
+        there = [(name, held) for name, held in self._held.items() if held.slab.is_cuda]
+        excess = sum(held.slab.nbytes for _, held in there) - DEVICE_BYTES
+        for name, held in there:
+            if excess <= 0:
+                return
+            excess -= held.slab.nbytes
+            host = await asyncio.to_thread(held.slab.cpu)
+            if self._held.get(name) is held:
+                self._held[name] = replace(held, slab=host)
 
     async def _retire(self, ref: AdapterRef, peers: list[Peer]) -> None:
         serving = [peer for peer in peers if peer.serving]
@@ -173,11 +190,13 @@ class ParamSync:
             distributed=self._distributed,
             epoch=self._fan().epoch,
             bytes_sent=self._fan().bytes_sent,
+            backend=self._fan().backend,
         )
 
 
-def _take(handle: SlabHandle) -> torch.Tensor:
-    """A copy of the slab's bytes, uint8 [nbytes]; the trainer's file is removed. Raises InstallError."""
+def _take(handle: SlabHandle, taker: Taker) -> torch.Tensor:
+    """A copy of the slab's bytes, uint8 [nbytes], on the GPU that it comes from, if it does; the trainer's file is removed.
+    Raises InstallError."""
     if handle.data is not None:
         if handle.data.nbytes != handle.nbytes:
             raise InstallError(f"slab of {handle.ref}: {handle.data.nbytes} bytes came, its handle says {handle.nbytes}")
@@ -185,6 +204,11 @@ def _take(handle: SlabHandle) -> torch.Tensor:
     if handle.host not in ("", socket.gethostname()):
         raise InstallError(f"slab of {handle.ref} is on {handle.host}, this relay on {socket.gethostname()}")
     path = Path(handle.path)
+    if handle.on_device:
+        try:
+            return taker.take(path, handle.nbytes)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InstallError(f"slab of {handle.ref} cannot be taken from its trainer's GPU: {error}") from error
     slab = torch.empty(handle.nbytes, dtype=torch.uint8)
     try:
         size = path.stat().st_size

@@ -100,10 +100,12 @@ def check_ranks(config: Config) -> None:
 def check_gpus(cluster: ClusterConfig) -> None:
     """GPUs that are asked for are there."""
     wanted = cluster.samplers * cluster.gpus_per_sampler + cluster.trainers * cluster.gpus_per_trainer
-    if cluster.sync.backend == "nccl" and not (cluster.gpus_per_sampler and cluster.gpus_per_trainer):
-        raise SettingError("cluster.sync.backend='nccl': must be gloo unless gpus_per_sampler and gpus_per_trainer are above 0")
-    if cluster.sync.backend == "nccl" and (cluster.gpus_per_sampler < 1 or cluster.gpus_per_trainer < 1):
-        raise SettingError("cluster.sync.backend='nccl': must be gloo where samplers and trainers share a card")
+    backend, sampler, trainer = cluster.sync.backend, cluster.gpus_per_sampler, cluster.gpus_per_trainer
+    if backend != "gloo" and not (sampler and trainer):
+        rule = "must be gloo unless gpus_per_sampler and gpus_per_trainer are above 0"
+        raise SettingError(f"cluster.sync.backend={backend!r}: {rule}")
+    if backend != "gloo" and (sampler < 1 or trainer < 1):
+        raise SettingError(f"cluster.sync.backend={backend!r}: must be gloo where samplers and trainers share a card")
     if not wanted:
         return
     import torch

