@@ -25,12 +25,11 @@ from weft.actors.lora import LoraBatch
 from weft.actors.recompute import Recompute, choose_recompute
 from weft.actors.slab_batch import LinearGroup, SlabBatch
 from weft.kernels.fp8 import Fp8Weight, can_multiply, quantize_weight
-from weft.kernels.lora import fused_lora_linear, slab_linear, slab_mlp
+from weft.kernels.lora import fused_lora_linear, slab_linear, slab_swiglu_linear
 from weft.kernels.lora.tables import Tables
 
 if TYPE_CHECKING:
     from weft.kernels.lora.fp8 import Fp8Linear
-    from weft.kernels.lora.linears import Frozen
 
 __all__ = ["Decoder", "check_folder", "load_model", "read_config", "save_model"]
 
@@ -65,11 +64,11 @@ class Linear(nn.Module):
         assert self.narrow is not None
         return Fp8Linear(self.narrow, self.bias, tables, None if tables is None else tables.groups[self.index])
 
-    def frozen(self, tables: Tables) -> Frozen:
-        """What the MLP's kernels take."""
-        from weft.kernels.lora.linears import Frozen  # needs a GPU's driver
-
-        return Frozen(self.weight, self.bias, tables.groups[self.index])
+    def after_swiglu(self, gate_up: Tensor, lora: LoraBatch | Tables | None) -> Tensor:
+        """gate_up [T, 2 I] -> [T, sum(widths)] of silu(gate) * up"""
+        if isinstance(lora, Tables):
+            return slab_swiglu_linear(gate_up, self.weight, self.bias, lora, lora.groups[self.index])
+        return self(swiglu(gate_up), lora)
 
 
 class Layer(nn.Module):
@@ -107,10 +106,12 @@ class Layer(nn.Module):
         attention: Attention,
         lora: LoraBatch | Tables | None,
         again: bool,
+        fp8: bool,
     ) -> tuple[Tensor, Tensor]:
         """x + delta [T, H] -> the same of the next layer: its norm adds them. cos and sin [T, 1, D / 2]. again: what is cheap
-        to make again for the backward is not kept."""
-        if self.qkv.narrow is not None and not isinstance(lora, LoraBatch):
+        to make again for the backward is not kept. fp8: the products of the base."""
+        if fp8:
+            assert not isinstance(lora, LoraBatch), "pairs of tensors are for exact weights"
             return self._forward_fp8(x, delta, cos, sin, attention, lora, again)
         arch = self.architecture
 
@@ -124,9 +125,7 @@ class Layer(nn.Module):
         q, k, v = heads(qkv, self.q_norm, self.k_norm, cos, sin, *sizes)
         delta = self.o(attention(q, k, v).flatten(1), lora)
         x, scaled, source = normed(self.mlp_norm)
-        if isinstance(lora, Tables):
-            return x, slab_mlp(scaled, self.gate_up.frozen(lora), self.down.frozen(lora), lora, source)
-        return x, self.down(swiglu(self.gate_up(scaled, lora)), lora)
+        return x, self.down.after_swiglu(self.gate_up(scaled, lora, source), lora)
 
     def _forward_fp8(
         self,
@@ -165,7 +164,7 @@ class Decoder(nn.Module):
         self._rope: tuple[Tensor, Tensor] | None = None  # cos, sin, grown as longer rows come
 
     def use_fp8(self, wanted: bool = True) -> None:
-        """Whether the layers' products run in FP8, all but those of a `LoraBatch`. The weights stay beside their FP8 copies.
+        """Whether the layers' products run in FP8. The weights stay beside their FP8 copies.
 
         Raises ValueError where the device, or a size of the model, does not allow it.
         """
@@ -182,11 +181,17 @@ class Decoder(nn.Module):
         """[V, H]"""
         return self.embedding if self.untied_head is None else self.untied_head
 
-    def forward(self, tokens: Tensor, offsets: Sequence[int] | Tensor, lora: LoraBatch | SlabBatch | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        offsets: Sequence[int] | Tensor,
+        lora: LoraBatch | SlabBatch | None = None,
+        exact: bool = False,
+    ) -> Tensor:
         """tokens int [T], offsets n + 1 row bounds (on the host) from 0 to T -> hidden [T, H] after the last norm.
 
         Positions start again, and attention is causal, within each row. lora None: the base alone. A SlabBatch is for CUDA.
-        After `use_fp8`, a LoraBatch still runs on the exact weights: what a sampler computes.
+        After `use_fp8`, what is `exact`, and any LoraBatch, still runs on the exact weights: what a sampler computes.
         """
         bounds = [int(bound) for bound in offsets]
         lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
@@ -195,13 +200,12 @@ class Decoder(nn.Module):
         cos, sin = self._angles(lengths, x)
         attention = plan_attention(lengths, x.device, x.dtype)
         tables = lora.tables(self._groups, len(tokens), x.device) if isinstance(lora, SlabBatch) else lora
-        recompute = Recompute.NONE
+        recompute, fp8 = Recompute.NONE, self.layers[0].qkv.narrow is not None and not (exact or isinstance(lora, LoraBatch))
         if isinstance(lora, SlabBatch) and torch.is_grad_enabled():
-            narrow = self.layers[0].qkv.narrow is not None
-            recompute = choose_recompute(self.architecture, len(tokens), x.dtype, x.device, narrow)
+            recompute = choose_recompute(self.architecture, len(tokens), x.dtype, x.device, fp8)
         delta: Tensor | None = None
         for layer in self.layers:
-            rest = (cos, sin, attention, tables, recompute is not Recompute.NONE)
+            rest = (cos, sin, attention, tables, recompute is not Recompute.NONE, fp8)
             if recompute is Recompute.LAYERS:
                 x, delta = checkpoint(layer, x, delta, *rest, use_reentrant=False)
             else:

@@ -24,8 +24,7 @@ class Recompute(Enum):
 
 
 def kept_bytes(architecture: Architecture, tokens: int, item_bytes: int, recompute: Recompute, fp8: bool = False) -> int:
-    """What all layers keep, beside what one layer's backward takes for a while. fp8: norms and gradients of the MLP lie in 8
-    bits."""
+    """What all layers keep, beside what one layer's backward takes for a while. fp8: norms lie in 8 bits."""
     hidden, width = architecture.hidden_size, architecture.intermediate_size
     attention = architecture.q_size + 2 * architecture.kv_size
     passing = 2 * attention + 2 * hidden + 5 * width  # of one layer: gradients of qkv, of gate, up and SwiGLU

@@ -49,8 +49,8 @@ CASES = {
         Case("N=64 S=512", 64, 512, 512, launch_tokens=16384),
         Case("N=64 S=256", 64, 256, 256, launch_tokens=16384, solo=True),
         Case("N=8 mixed rows", 8, 4096, 0, lengths=(1700, 900, 620, 410, 260, 140, 66)),
-        Case("64 of 64, r=4 attention", 64, 512, 512, rank=4, targets=ATTENTION),
-        Case("64 of 1536, r=4 attention", 64, 512, 512, rank=4, targets=ATTENTION, registered=1536),
+        Case("64 of 64, r=4 attention", 64, 512, 512, 8192, rank=4, targets=ATTENTION),
+        Case("64 of 1536, r=4 attention", 64, 512, 512, 8192, rank=4, targets=ATTENTION, registered=1536),
     )
 }
 SMOKE = {"smoke": Case("smoke", 3, 128, 64, launch_tokens=256, rank=4, solo=True)}
@@ -85,23 +85,23 @@ class Turns:
 
     def run(self, contenders: dict[str, Any]) -> list[dict[str, Any]]:
         """contenders: name -> what makes it. -> one row each; one that fails is a row too."""
-        for _ in range(self.rounds):
+        for turn in range(self.rounds):
             for name, make in contenders.items():
                 if name in self.faults:
                     continue
                 try:
-                    self._turn(name, make)
+                    self._turn(name, make, warm_up=1 if turn else 2)
                 except (RuntimeError, ImportError, ValueError) as error:
                     self.faults[name] = f"{type(error).__name__}: {str(error)[:300]}"
                 _free(self.device)
         return [self._row(name) for name in contenders]
 
-    def _turn(self, name: str, make: Any) -> None:
+    def _turn(self, name: str, make: Any, warm_up: int) -> None:
         contender = make()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         slow = name in ("peft", "weft, one adapter at a time") and self.case.adapters >= 8
-        for index in range(-1 if slow else -2, SLOW_RUNS if slow else self.runs):
+        for index in range(-1 if slow else -warm_up, SLOW_RUNS if slow else self.runs):
             _wait(self.device)
             began = time.perf_counter()
             contender.step()
@@ -139,7 +139,7 @@ def measure(case: Case, config: dict[str, Any], device: torch.device, options: a
         contenders["base without LoRA"] = lambda: Base(decoder, case)
     if case.solo and options.solo:
         contenders["weft, one adapter at a time"] = lambda: Weft(decoder, adapters, case, solo=True)
-    if case.solo and options.solo and device.type == "cuda":
+    if case.solo and device.type == "cuda":
         contenders[Grouped.name] = lambda: Grouped(decoder, case)
     if options.peft and case.row and case.targets == ("all-linear",):
         made: list[Peft] = []
@@ -222,7 +222,8 @@ def main() -> None:
             row["run"] = len(result["runs"]) - 1
             print({key: value for key, value in row.items() if key not in ("case", "profile_ms")}, flush=True)
             print("   ", row.get("profile_ms", ""), flush=True)
-        result["rows"] = [row for row in result["rows"] if row["case"] != case.name] + rows
+        ran = {(row["case"], row["contender"]) for row in rows}
+        result["rows"] = [row for row in result["rows"] if (row["case"], row["contender"]) not in ran] + rows
         if not options.smoke or options.output:
             finish(path, result)
     if options.learning:

@@ -1,5 +1,5 @@
-"""What makes the rows that FP8 products read, each in one kernel: quantised alone, after a norm with its residual, after
-SwiGLU, and SwiGLU's gradients. The formulas are those of weft.kernels.layers, the rounding is that of the reference.
+"""What makes the rows that FP8 products read, each in one kernel: quantised alone, after a norm with its residual, and after
+SwiGLU. The formulas are those of weft.kernels.layers, the rounding is that of the reference.
 
 T tokens, H hidden size, I MLP width. One program has one row; scales are fp32 [T, 1].
 """
@@ -13,8 +13,6 @@ from torch import Tensor
 
 from weft.kernels.fp8.reference import LARGEST, SMALLEST_ROW
 
-CHUNK = 4096  # elements that SwiGLU's gradient holds at once; it reads its row twice, the second time from cache
-
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """As `weft.kernels.fp8.quantize_rows` says."""
@@ -22,9 +20,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     tokens, size = x.shape
     q, scales = _empty(x, size)
     block = triton.next_power_of_2(size)
-    _fp8_quantize[(tokens,)](
-        x, q, scales, size, LARGEST=LARGEST, SMALLEST=SMALLEST_ROW, BLOCK=block, num_warps=8 if block > 2048 else 4
-    )
+    _fp8_quantize[(tokens,)](x, q, scales, size, LARGEST=LARGEST, SMALLEST=SMALLEST_ROW, BLOCK=block, num_warps=_warps(block))
     return q, scales
 
 
@@ -36,7 +32,7 @@ def norm_rows(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tu
     block = triton.next_power_of_2(size)
     _fp8_norm[(tokens,)](
         x, x if delta is None else delta, weight, total, q, scales, size, eps,
-        LARGEST=LARGEST, SMALLEST=SMALLEST_ROW, ADD=delta is not None, BLOCK=block, num_warps=8 if block > 2048 else 4,
+        LARGEST=LARGEST, SMALLEST=SMALLEST_ROW, ADD=delta is not None, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return total, q, scales
 
@@ -47,21 +43,13 @@ def swiglu_rows(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     q, scales = _empty(gate_up, width)
     block = triton.next_power_of_2(width)
     _fp8_swiglu[(tokens,)](
-        gate_up, q, scales, width, LARGEST=LARGEST, SMALLEST=SMALLEST_ROW, BLOCK=block, num_warps=16 if block > 4096 else 4
+        gate_up, q, scales, width, LARGEST=LARGEST, SMALLEST=SMALLEST_ROW, BLOCK=block, num_warps=_warps(2 * block)
     )
     return q, scales
 
 
-def swiglu_gradient(gate_up: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """grad_out [T, I] -> rows of the gradient of gate_up [T, 2 I], and once more the rows that `swiglu_rows` gave."""
-    tokens, width = grad_out.shape
-    grad, grad_scales = _empty(gate_up, 2 * width)
-    q, scales = _empty(gate_up, width)
-    block = min(CHUNK, triton.next_power_of_2(width))
-    _fp8_swiglu_gradient[(tokens,)](
-        gate_up, grad_out, grad, grad_scales, q, scales, width, LARGEST=LARGEST, SMALLEST=SMALLEST_ROW, BLOCK=block, num_warps=8
-    )
-    return grad, grad_scales, q, scales
+def _warps(block: int) -> int:
+    return 4 if block <= 2048 else 8 if block <= 8192 else 16
 
 
 def _empty(like: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -121,35 +109,3 @@ def _fp8_swiglu(gate_up, q, scales, width, LARGEST: tl.constexpr, SMALLEST: tl.c
     value = gate * tl.sigmoid(gate) * up
     largest = tl.maximum(tl.max(_magnitude(value), 0), SMALLEST)
     _store_row(q, scales, row, at, value, largest, mask, LARGEST)
-
-
-@triton.jit
-def _gradients(gate_up, grad_out, row, c, width):
-    """-> gradients of gate and of up, and silu(gate) * up, at columns c of a row."""
-    mask = c < width
-    at = gate_up + row.to(tl.int64) * 2 * width + c
-    gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(at + width, mask=mask, other=0.0).to(tl.float32)
-    out = tl.load(grad_out + row.to(tl.int64) * width + c, mask=mask, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    return out * up * sigmoid * (1 + gate * (1 - sigmoid)), out * gate * sigmoid, gate * sigmoid * up
-
-
-@triton.jit
-def _fp8_swiglu_gradient(
-    gate_up, grad_out, grad, grad_scales, q, scales, width, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    row = tl.program_id(0)
-    steep, high = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, width, BLOCK):
-        grad_gate, grad_up, again = _gradients(gate_up, grad_out, row, start + tl.arange(0, BLOCK), width)
-        steep = tl.maximum(steep, tl.maximum(_magnitude(grad_gate), _magnitude(grad_up)))
-        high = tl.maximum(high, _magnitude(again))
-    steepest, highest = tl.maximum(tl.max(steep, 0), SMALLEST), tl.maximum(tl.max(high, 0), SMALLEST)
-    for start in range(0, width, BLOCK):
-        c = start + tl.arange(0, BLOCK)
-        grad_gate, grad_up, again = _gradients(gate_up, grad_out, row, c, width)
-        at = row.to(tl.int64) * 2 * width + c
-        _store_row(grad, grad_scales, row, at, grad_gate, steepest, c < width, LARGEST)
-        _store_row(grad, grad_scales, row, at + width, grad_up, steepest, c < width, LARGEST)
-        _store_row(q, scales, row, row.to(tl.int64) * width + c, again, highest, c < width, LARGEST)

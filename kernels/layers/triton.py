@@ -33,18 +33,18 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return out
 
 
-def swiglu_rows(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
-    """The same without autograd, into `out` where there is one."""
+def swiglu_rows(gate_up: Tensor) -> Tensor:
+    """The same without autograd."""
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = gate_up.new_empty(tokens, width) if out is None else out
+    out = gate_up.new_empty(tokens, width)
     _swiglu_forward[(tokens, triton.cdiv(width, 1024))](gate_up, out, width, BLOCK=1024, num_warps=4)
     return out
 
 
-def swiglu_gradient(gate_up: Tensor, grad_out: Tensor, into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """-> gradient of gate_up [T, 2 I], and once more the output [T, I]; `into` these, where they are there."""
+def swiglu_gradient(gate_up: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor]:
+    """-> gradient of gate_up [T, 2 I], and once more the output [T, I]."""
     tokens, width = grad_out.shape
-    grad, out = (torch.empty_like(gate_up), torch.empty_like(grad_out)) if into is None else into
+    grad, out = torch.empty_like(gate_up), torch.empty_like(grad_out)
     _swiglu_backward[(tokens, triton.cdiv(width, 1024))](gate_up, grad_out, grad, out, width, BLOCK=1024, num_warps=4)
     return grad, out
 

@@ -6,15 +6,11 @@ T tokens, N adapters, R_n rank of adapter n, I in, O out, P parts of a fused lin
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from weft.kernels.lora import reference
 from weft.kernels.lora.tables import Group, Tables
-
-if TYPE_CHECKING:
-    from weft.kernels.lora.linears import Frozen
 
 
 def lora_linear(
@@ -63,8 +59,8 @@ def slab_linear(
     return linears.slab_linear(x, weight, bias, tables, group, source)
 
 
-def slab_mlp(x: Tensor, gate_up: Frozen, down: Frozen, tables: Tables, source: Callable[[], Tensor] | None = None) -> Tensor:
-    """x [T, H] -> down(silu(gate) * up(x)) [T, H] on CUDA: gate and up are one linear. source: as in `slab_linear`."""
+def slab_swiglu_linear(gate_up: Tensor, weight: Tensor, bias: Tensor | None, tables: Tables, group: Group) -> Tensor:
+    """`slab_linear` of silu(gate) * up, gate_up [T, 2 I], which is not kept for the backward."""
     from weft.kernels.lora import linears  # needs a GPU's driver, or its interpreter
 
-    return linears.slab_mlp(x, gate_up, down, tables, source)
+    return linears.slab_swiglu_linear(gate_up, weight, bias, tables, group)

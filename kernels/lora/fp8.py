@@ -1,6 +1,5 @@
 """Multi-adapter linears on CUDA over a base in FP8: each is one autograd function with what stands before it, for rows are
-quantised where they are made, and from there on nothing but their 8 bits is read, by the base's product and by the adapters'
-kernels alike. So the adapters' gradients are those of what the forward computed, but for the rounding of what flows back.
+quantised where they are made. The adapters' kernels read the forward's rows in FP8 too, and gradients in bf16, which are there.
 
 T tokens, H hidden size, I in, O out, R rank.
 
@@ -9,7 +8,7 @@ T tokens, H hidden size, I in, O out, R rank.
                 low  = s q A^T             shrink
                 out += low B^T             expand    in place, for an FP8 product has no sum in its epilogue
     backward    g, scales = rows of dY     kernels.fp8
-                dX   = g W, += dlow A      cuBLAS, expand; dlow = s g B   shrink
+                dX   = g W, += dlow A      cuBLAS, expand; dlow = s dY B   shrink
                 dA, dB                     outer
 """
 
@@ -21,8 +20,8 @@ import torch
 from torch import Tensor
 
 from weft.kernels.fp8 import Fp8Weight, product
-from weft.kernels.fp8.triton import norm_rows, quantize_rows, swiglu_gradient, swiglu_rows
-from weft.kernels.layers.triton import norm_gradient
+from weft.kernels.fp8.triton import norm_rows, quantize_rows, swiglu_rows
+from weft.kernels.layers.triton import norm_gradient, swiglu_gradient
 from weft.kernels.lora.tables import Group, Tables
 from weft.kernels.lora.triton import expand, outer, shrink
 
@@ -46,23 +45,23 @@ class Fp8Linear(NamedTuple):
         expand(low, self.tables, self.group, "b", None, out)
         return out, low
 
-    def backward(self, grad: Rows, dtype: torch.dtype, wanted: bool = True) -> tuple[Tensor | None, Tensor | None]:
-        """grad: rows of dY -> dX [T, I] of dtype, where it is wanted, and dlow where there are adapters."""
+    def backward(self, grad: Tensor, wanted: bool = True) -> tuple[Tensor | None, Tensor | None]:
+        """grad: dY [T, O] -> dX [T, I], where it is wanted, and dlow where there are adapters."""
         grad_x = grad_low = None
         if wanted:
-            grad_x = product(*grad, self.weight.columns, self.weight.column_scales, None, dtype, fast=False)
+            grad_x = product(*quantize_rows(grad), self.weight.columns, self.weight.column_scales, None, grad.dtype)
         if self.tables is not None and self.group is not None and self.group.touched:
-            grad_low = shrink(grad[0], self.tables, self.group, "b", grad[1], dtype)
+            grad_low = shrink(grad, self.tables, self.group, "b")
             if grad_x is not None:
                 expand(grad_low, self.tables, self.group, "a", None, grad_x)
         return grad_x, grad_low
 
-    def gradients(self, rows: Rows, grad: Rows, low: Tensor | None, grad_low: Tensor | None) -> None:
-        """Adds to the adapters' slabs."""
+    def gradients(self, x: Tensor, scales: Tensor | None, grad: Tensor, low: Tensor | None, grad_low: Tensor | None) -> None:
+        """Adds to the adapters' slabs. x: the input, or with scales its rows."""
         if self.tables is not None and self.group is not None and self.group.trains and low is not None:
             assert grad_low is not None
-            outer(grad_low, rows[0], self.tables, self.group, "grad_a", rows[1])
-            outer(low, grad[0], self.tables, self.group, "grad_b", grad[1])
+            outer(grad_low, x, self.tables, self.group, "grad_a", scales)
+            outer(low, grad, self.tables, self.group, "grad_b")
 
 
 def anchor(tables: Tables | None) -> Tensor | None:
@@ -102,11 +101,10 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, low = ctx.saved_tensors  # attention keeps x anyway: its rows are made again
-        grad = quantize_rows(grad_out)
-        grad_x, grad_low = ctx.own.backward(grad, x.dtype, ctx.needs_input_grad[0])
-        if low is not None:
-            ctx.own.gradients(quantize_rows(x), grad, low, grad_low)
+        x, low = ctx.saved_tensors  # which attention keeps anyway
+        grad_out = grad_out.contiguous()
+        grad_x, grad_low = ctx.own.backward(grad_out, ctx.needs_input_grad[0])
+        ctx.own.gradients(x, None, grad_out, low, grad_low)
         return grad_x, None, None
 
 
@@ -125,10 +123,11 @@ class _NormLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor | None, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         total, norm, low, *kept = ctx.saved_tensors
-        grad, wanted = quantize_rows(grad_out), ctx.needs_input_grad[0]
-        grad_normed, grad_low = ctx.own.backward(grad, total.dtype, wanted)
+        grad_out = grad_out.contiguous()
+        grad_normed, grad_low = ctx.own.backward(grad_out, ctx.needs_input_grad[0])
         if low is not None:
-            ctx.own.gradients(tuple(kept) or norm_rows(total, None, norm, ctx.eps)[1:], grad, low, grad_low)
+            _, *rows = (total, *kept) if kept else norm_rows(total, None, norm, ctx.eps)
+            ctx.own.gradients(rows[0], rows[1], grad_out, low, grad_low)
         grad_x = norm_gradient(grad_normed, grad_total, total, norm, ctx.eps) if grad_normed is not None else None
         return grad_x, grad_x if ctx.both else None, None, None, None, None, None
 
@@ -158,13 +157,15 @@ class _NormMlp(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor | None, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         total, norm, hidden, low, low_down, *kept = ctx.saved_tensors
         gate_up, down = ctx.linears
-        grad = quantize_rows(grad_out)
-        grad_active, grad_low = down.backward(grad, total.dtype)
-        *grad_hidden, active, active_scales = swiglu_gradient(hidden, grad_active)
+        grad_out = grad_out.contiguous()
+        grad_active, grad_low = down.backward(grad_out)
+        grad_hidden, active = swiglu_gradient(hidden, grad_active)
         del grad_active
-        down.gradients((active, active_scales), grad, low_down, grad_low)
-        grad_normed, grad_low = gate_up.backward(grad_hidden, total.dtype, ctx.needs_input_grad[0])
+        down.gradients(active, None, grad_out, low_down, grad_low)
+        del active
+        grad_normed, grad_low = gate_up.backward(grad_hidden, ctx.needs_input_grad[0])
         if low is not None:
-            gate_up.gradients(tuple(kept) or norm_rows(total, None, norm, ctx.eps)[1:], grad_hidden, low, grad_low)
+            _, *rows = (total, *kept) if kept else norm_rows(total, None, norm, ctx.eps)
+            gate_up.gradients(rows[0], rows[1], grad_hidden, low, grad_low)
         grad_x = norm_gradient(grad_normed, grad_total, total, norm, ctx.eps) if grad_normed is not None else None
         return grad_x, grad_x if ctx.both else None, None, None, None, None, None, None

@@ -9,31 +9,20 @@ T tokens, P parts of a fused linear, R rank, I in, O out.
                 dX   = dlow A, += dY W     expand, cuBLAS
                 dA  += dlow^T x            outer     straight into the adapter's fp32 gradient slab
                 dB  += dY^T low            outer
-
-Around SwiGLU the deltas of gate and up, and of its gradient, are added by SwiGLU's own kernels (swiglu.py) instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft.kernels.layers.triton import swiglu
-from weft.kernels.lora.swiglu import lora_swiglu, lora_swiglu_gradient
+from weft.kernels.layers.triton import swiglu, swiglu_gradient, swiglu_rows
 from weft.kernels.lora.tables import Group, Tables
 from weft.kernels.lora.triton import expand, outer, shrink
-
-
-class Frozen(NamedTuple):
-    """One linear of the base, and its place in the tables."""
-
-    weight: Tensor
-    bias: Tensor | None
-    group: Group
 
 
 def slab_linear(
@@ -48,11 +37,11 @@ def slab_linear(
     return out
 
 
-def slab_mlp(x: Tensor, gate_up: Frozen, down: Frozen, tables: Tables, source: Callable[[], Tensor] | None = None) -> Tensor:
-    """x [T, H] -> down(silu(gate) * up) [T, H]; gate and up one linear, each with the adapters of `tables`."""
-    if not (gate_up.group.touched or down.group.touched):
-        return F.linear(swiglu(F.linear(x, gate_up.weight, gate_up.bias)), down.weight, down.bias)
-    out: Tensor = _SlabMlp.apply(x, tables.anchor, gate_up, down, tables, source)
+def slab_swiglu_linear(gate_up: Tensor, weight: Tensor, bias: Tensor | None, tables: Tables, group: Group) -> Tensor:
+    """`slab_linear` of silu(gate) * up, gate_up [T, 2 I]."""
+    if not group.touched:
+        return F.linear(swiglu(gate_up), weight, bias)
+    out: Tensor = _SlabSwigluLinear.apply(gate_up, tables.anchor, weight, bias, tables, group)
     return out
 
 
@@ -92,49 +81,31 @@ class _SlabLinear(torch.autograd.Function):
         return grad_x, None, None, None, None, None, None
 
 
-class _SlabMlp(torch.autograd.Function):
-    """SwiGLU's output is not kept: its own backward has all it takes to write it again."""
+class _SlabSwigluLinear(torch.autograd.Function):
+    """SwiGLU and the linear after it: its output is not kept, for SwiGLU's own backward has all it takes to write it again."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        anchor: Tensor,
-        gate_up: Frozen,
-        down: Frozen,
-        tables: Tables,
-        source: Callable[[], Tensor] | None,
+        ctx: Any, gate_up: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, tables: Tables, group: Group
     ) -> Tensor:
-        low = shrink(x, tables, gate_up.group, "a")
-        hidden = F.linear(x, gate_up.weight, gate_up.bias)
-        active = lora_swiglu(hidden, low, tables, gate_up.group)
-        low_down = shrink(active, tables, down.group, "a")
-        out = expand(low_down, tables, down.group, "b", down.bias)
-        out.addmm_(active, down.weight.t())
-        ctx.save_for_backward(x if source is None else None, hidden, low, low_down)
-        ctx.gate_up, ctx.down, ctx.tables, ctx.source = gate_up, down, tables, source
+        x = swiglu_rows(gate_up)
+        low = shrink(x, tables, group, "a")
+        out = expand(low, tables, group, "b", bias)
+        out.addmm_(x, weight.t())
+        ctx.save_for_backward(gate_up, low, weight)
+        ctx.tables, ctx.group = tables, group
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, low, low_down = ctx.saved_tensors
-        tables, gate_up, down = ctx.tables, ctx.gate_up, ctx.down
+        gate_up, low, weight = ctx.saved_tensors
+        tables, group = ctx.tables, ctx.group
         grad_out = grad_out.contiguous()
-        grad_low = shrink(grad_out, tables, down.group, "b")
-        grad_active = grad_out @ down.weight
-        grad_hidden, active = lora_swiglu_gradient(hidden, low, gate_up.group, grad_active, grad_low, down.group, tables)
-        del grad_active
-        if down.group.trains:
-            outer(grad_low, active, tables, down.group, "grad_a")
-            outer(low_down, grad_out, tables, down.group, "grad_b")
-        del active
-        grad_low = shrink(grad_hidden, tables, gate_up.group, "b")
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = expand(grad_low, tables, gate_up.group, "a", None)
-            grad_x.addmm_(grad_hidden, gate_up.weight)
-        if gate_up.group.trains:
-            outer(grad_low, ctx.source() if x is None else x, tables, gate_up.group, "grad_a")
-            ctx.source = None  # what it holds may go
-            outer(low, grad_hidden, tables, gate_up.group, "grad_b")
-        return grad_x, None, None, None, None, None
+        grad_low = shrink(grad_out, tables, group, "b")
+        grad_x = expand(grad_low, tables, group, "a", None)
+        grad_x.addmm_(grad_out, weight)
+        grad_gate_up, x = swiglu_gradient(gate_up, grad_x)
+        if group.trains:
+            outer(grad_low, x, tables, group, "grad_a")
+            outer(low, grad_out, tables, group, "grad_b")
+        return grad_gate_up, None, None, None, None, None

@@ -78,7 +78,7 @@ class Bench:
             with self.trainer._store.hold([name]) as (slabs,):
                 state = slabs.state.clone()
                 for i, (_, b) in enumerate(layout.views(state[0]).values()):
-                    b.normal_(0, 0.1, generator=torch.Generator().manual_seed(i))
+                    b.copy_(torch.empty(b.shape).normal_(0, 0.1, generator=torch.Generator().manual_seed(i)))
                 slabs.replace_state(state)
 
 

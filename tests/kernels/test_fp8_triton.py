@@ -53,17 +53,6 @@ def test_rows_stand_for_what_they_are_made_of(size: int) -> None:
     assert stands_for(kernels.swiglu_rows(gate_up), layers._Swiglu.apply(gate_up.float()))
 
 
-@pytest.mark.parametrize("chunk", [16, 4096])
-def test_swiglus_gradient_in_rows(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "CHUNK", chunk)
-    gate_up, grad_out = random(7, 80).float().requires_grad_(), random(7, 40)
-    active = layers._Swiglu.apply(gate_up)
-    wanted = torch.autograd.grad(active, gate_up, grad_out.float())[0]
-    *grad, again, scales = kernels.swiglu_gradient(gate_up.detach().to(KIND), grad_out)
-    assert stands_for((grad[0], grad[1]), wanted)
-    assert stands_for((again, scales), active.detach())
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_row_that_is_not_finite_has_a_scale_of_inf_and_stays_alone(bad: float) -> None:
     x = random(4, 32)
@@ -114,11 +103,14 @@ def test_a_linear_and_its_gradients_are_those_of_what_its_rows_stand_for(widths:
     rows, grad = wide(kernels.quantize_rows(x.detach())), wide(kernels.quantize_rows(grad_out))
     forward = wide((own.weight.rows, own.weight.row_scales))
     wanted, leaves = problem.reference(rows.requires_grad_(), forward)
-    gradients = torch.autograd.grad(wanted, leaves, grad)
+    gradients = torch.autograd.grad(wanted, leaves, grad_out.double())
+    as_it_was = problem.reference(x.detach().double().requires_grad_(), forward)
+    of_x = torch.autograd.grad(*as_it_was, grad_out.double())  # dA is of x itself, which lies there for attention's backward
+    split = 1 + len(widths) * (len(RANKS) - 1)
     backward = wide((own.weight.columns, own.weight.column_scales)).t()
     assert near(out, wanted.detach(), CLOSE)
-    assert near(grad_x, gradients[0] + grad @ (backward - forward), CLOSE)
-    for one, other in zip(problem.found(), gradients[1:], strict=True):
+    assert near(grad_x, gradients[0] + grad @ backward - grad_out.double() @ forward, CLOSE)
+    for one, other in zip(problem.found(), of_x[1:split] + gradients[split:], strict=True):
         assert near(one, other, 2 * CLOSE)
     assert all(not part[1].any() for side in problem.grads for part in side)  # the adapter without tokens
 

@@ -3,8 +3,6 @@ there is one."""
 
 # T tokens, N adapters, P parts, R rank, I in, O out
 
-from typing import NamedTuple
-
 import numpy as np
 import pytest
 import torch
@@ -162,88 +160,21 @@ def test_a_planted_error_is_caught(plant: str) -> None:
     assert not close(found[1], wanted[1], 1e-5)
 
 
-MLP = 24
-
-
-class Mlp:
-    """Gate and up in one linear, SwiGLU, and the linear behind it; one adapter has no tokens, some tokens have no adapter."""
-
-    def __init__(self, missing: tuple[tuple[int, int], ...] = ()):
-        tokens, self.ranks, bare = [5, 70, 0, 3], [1, 24, 8, 40], 4
-        self.offsets, self.draw = np.cumsum([0, *tokens]).tolist(), torch.Generator().manual_seed(5)
-        self.total = self.offsets[-1] + bare
-        self.x = self.random(self.total, IN)
-        self.weights = (self.random(2 * MLP, IN).detach(), self.random(IN, MLP).detach())
-        self.slabs = [self.slab((MLP, MLP), IN, missing), self.slab((IN,), MLP, ())]
-
-    def random(self, *shape: int) -> Tensor:
-        return (0.3 * torch.randn(shape, generator=self.draw)).to(DEVICE).requires_grad_()
-
-    def slab(self, widths, inputs, missing):
-        a = [
-            [None if (p, n) in missing else self.random(r, inputs) for n, r in enumerate(self.ranks)]
-            for p in range(len(widths))
-        ]
-        b = [
-            [None if (p, n) in missing else self.random(width, r) for n, r in enumerate(self.ranks)]
-            for p, width in enumerate(widths)
-        ]
-        grads = [[[None if leaf is None else torch.zeros_like(leaf) for leaf in part] for part in side] for side in (a, b)]
-        return SlabGroupOf(inputs, widths, a, b, grads)
-
-    def run(self) -> tuple[Tensor, Tensor]:
-        groups = [SlabGroup(own.inputs, own.widths, *map(addresses, (own.a, own.b, *own.grads))) for own in self.slabs]
-        scales = [0.5 + n for n in range(len(self.ranks))]
-        tables = build_tables(DEVICE, self.total, self.offsets, self.ranks, scales, groups, [True] * len(self.ranks), 4)
-        frozen = [linears.Frozen(w, None, group) for w, group in zip(self.weights, tables.groups, strict=True)]
-        out = linears.slab_mlp(self.x, *frozen, tables)
-        return out, torch.autograd.grad((out * out.detach().cos()).sum(), self.x)[0]
-
-    def wanted(self) -> tuple[Tensor, Tensor, list[list[list[Tensor | None]]]]:
-        scales = [0.5 + n for n in range(len(self.ranks))]
-        up, down = self.slabs
-        hidden = reference.fused_lora_linear(self.x, self.weights[0], None, up.widths, up.a, up.b, scales, self.offsets)
-        active = torch.nn.functional.silu(hidden[:, :MLP]) * hidden[:, MLP:]
-        out = reference.fused_lora_linear(active, self.weights[1], None, down.widths, down.a, down.b, scales, self.offsets)
-        (out * out.detach().cos()).sum().backward()
-        return out, self.x.grad
-
-
-class SlabGroupOf(NamedTuple):
-    inputs: int
-    widths: tuple[int, ...]
-    a: list[list[Tensor | None]]
-    b: list[list[Tensor | None]]
-    grads: list[list[list[Tensor | None]]]
-
-
-def addresses(parts) -> np.ndarray:
-    return np.array([[0 if leaf is None else leaf.data_ptr() for leaf in part] for part in parts], np.int64)
-
-
-@pytest.mark.parametrize("missing", [(), ((1, 1),)], ids=["all", "one leaves up alone"])
-def test_an_mlp_and_its_gradients_equal_the_reference(missing) -> None:
-    mlp = Mlp(missing)
-    found, wanted = mlp.run(), mlp.wanted()
-    assert close(found[0].detach(), wanted[0].detach().double(), 1e-4)
-    assert close(found[1], wanted[1].double(), 1e-4)
-    for own in mlp.slabs:
-        for side, grads in zip((own.a, own.b), own.grads, strict=True):
-            for part, found_part in zip(side, grads, strict=True):
-                for leaf, gradient in zip(part, found_part, strict=True):
-                    if leaf is not None:
-                        expected = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-                        assert close(gradient, expected.double(), 1e-4)
-
-
-def test_a_planted_error_in_an_mlp_is_caught() -> None:
-    mlp = Mlp()
-    wanted = mlp.wanted()
-    with torch.no_grad():
-        mlp.slabs[0].b[1][1] *= 1.1
-    found = mlp.run()
-    assert not close(found[0].detach(), wanted[0].detach().double(), 1e-3)
-    assert not close(found[1], wanted[1].double(), 1e-3)
+def test_after_swiglu_the_linear_and_its_gradients_are_those_of_the_two() -> None:
+    fused, apart = Problem("mixed ranks"), Problem("mixed ranks")
+    gate_up = torch.randn(fused.total, 2 * IN, generator=fused.draw).to(DEVICE).requires_grad_()
+    tables = fused.tables()
+    found = linears.slab_swiglu_linear(gate_up, fused.weight, fused.bias, tables, tables.groups[0])
+    x = torch.nn.functional.silu(gate_up[:, :IN]) * gate_up[:, IN:]
+    other = apart.tables()
+    wanted = linears.slab_linear(x, apart.weight, apart.bias, other, other.groups[0])
+    assert close(found.detach(), wanted.detach().double(), 1e-5)
+    weights = fused.weights(found)
+    gradients = [torch.autograd.grad((out * weights).sum(), gate_up)[0] for out in (found, wanted)]
+    assert close(gradients[0], gradients[1].double(), 1e-5)
+    for one, two in zip(fused.grads, apart.grads, strict=True):
+        assert all(close(*pair, 1e-5) for parts in zip(one, two, strict=True)
+                   for pair in zip(*[[leaf.double() for leaf in part] for part in parts], strict=True))  # fmt: skip
 
 
 def test_an_input_made_again_for_the_backward_changes_nothing() -> None:
