@@ -21,10 +21,9 @@ from weft.actors.trainer_pool import TrainerPool
 from weft.configs.expand import to_mapping
 from weft.configs.schema import AdapterConfig
 from weft.transport import messages
-from weft.transport.errors import AdapterFault, PeerDiedError, RemoteError, WeftError
+from weft.transport.errors import AdapterFault, EngineLostError, PeerDiedError, RemoteError, WeftError
 from weft.transport.messages import AdapterRef, Distributed, Group, SlabHandle
 
-ENGINE_LOST = "EngineLostError"  # of sampler_engine.py: the sampler's process lives, and can do nothing any more
 ATTEMPTS = 5  # of one publish, while nothing has died: a death's notice may come later than the error that it causes
 PAUSE_S = 0.25  # before the second attempt, and longer before each one after it
 _log = logging.getLogger(__name__)
@@ -275,9 +274,7 @@ class SamplerPool:
         """A sampler without its engine is a dead one, from the moment when it says so."""
         try:
             return await member.request(message, deadline_s)
-        except RemoteError as error:
-            if error.kind != ENGINE_LOST:
-                raise
+        except EngineLostError as error:
             member.condemn(str(error))
             raise PeerDiedError(f"{member.name}: {error}") from error
 

@@ -23,10 +23,10 @@ from weft.actors.environment_thread import EnvironmentThread
 from weft.actors.environments.load import load_environment
 from weft.actors.episode import Bounds, Chat, Turn, blamed_on, run_episode, seed_of
 from weft.actors.leases import Lease, Leases, Version
-from weft.actors.sampler_engine import CallError, Engine, EngineLostError, engine_arguments
+from weft.actors.sampler_engine import CallError, Engine, engine_arguments
 from weft.configs.build import build
 from weft.configs.schema import AdapterConfig, SamplerConfig
-from weft.transport.errors import AdapterFault, InstallError
+from weft.transport.errors import AdapterFault, EngineLostError, InstallError
 from weft.transport.messages import (
     AdapterAdded,
     AdapterRef,

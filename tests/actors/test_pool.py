@@ -14,11 +14,10 @@ import pytest
 
 from weft.actors.member import Member
 from weft.actors.pool import ParamSyncPool, SamplerPool
-from weft.actors.sampler_engine import EngineLostError
 from weft.actors.trainer_pool import TrainerPool
 from weft.configs.schema import AdapterConfig
 from weft.transport import messages
-from weft.transport.errors import AdapterFault, InstallError, PeerDiedError, RemoteError, StartError
+from weft.transport.errors import AdapterFault, EngineLostError, InstallError, PeerDiedError, RemoteError, StartError
 from weft.transport.memory import Client, Server
 from weft.transport.messages import AdapterRef
 

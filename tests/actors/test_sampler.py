@@ -29,10 +29,10 @@ from weft.actors.canary import canary_tokens
 from weft.actors.episode import seed_of
 from weft.actors.lora import SlabLayout, linear_shapes, resolve_targets
 from weft.actors.sampler import Sampler
-from weft.actors.sampler_engine import STEP_TOKENS_CPU, EngineLostError
+from weft.actors.sampler_engine import STEP_TOKENS_CPU
 from weft.configs.schema import AdapterConfig, EnvironmentConfig, SamplerConfig, SamplingConfig
 from weft.transport.broadcast import BroadcastGroup, RendezvousStore
-from weft.transport.errors import AdapterFault, InstallError
+from weft.transport.errors import AdapterFault, EngineLostError, InstallError
 from weft.transport.messages import (
     UNSAMPLED,
     AdapterRef,
