@@ -47,7 +47,7 @@ class ParamSyncPool:
         self._joined: dict[int, _Joined] = {}
         self._current: dict[str, AdapterRef] = {}  # what the relay has distributed
         self._absent: dict[str, asyncio.Event] = {}  # adapters that a new relay could not be given; set when they are published
-        self._turns = _Turns()
+        self._syncing = _SharedLock()  # shared by publishes; a join has it alone
 
     async def wait_ready(self) -> None:
         await self._member.wait_ready()
@@ -60,7 +60,7 @@ class ParamSyncPool:
         """
         attempt = 0
         while True:
-            async with self._turns.shared():
+            async with self._syncing.shared():
                 await self._member.wait_ready()
                 handle = await self._trainers.publish(ref)
                 await self._member.wait_ready()  # one that has come meanwhile knows no sampler before it is prepared
@@ -79,7 +79,7 @@ class ParamSyncPool:
     async def join(self, sampler: int, member: Member) -> None:
         """Returns when this sampler has the newest version of every adapter."""
         joined = _Joined(member, member.endpoint)
-        async with self._turns.alone():
+        async with self._syncing.alone():
             while True:
                 await self._member.wait_ready()
                 limit = self._deadline_s * (1 + len(self._current))
@@ -279,8 +279,8 @@ class SamplerPool:
             raise PeerDiedError(f"{member.name}: {error}") from error
 
 
-class _Turns:
-    """Many share, or one is alone; whoever wants to be alone goes before those that come after it."""
+class _SharedLock:
+    """A readers-writer lock: many share it, or one has it alone. Who wants it alone goes before those that come after."""
 
     def __init__(self) -> None:
         self._sharing = 0
