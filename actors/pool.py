@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from weft.actors.trainer_pool import TrainerPool
 from weft.configs.expand import to_mapping
 from weft.configs.schema import AdapterConfig
 from weft.transport import messages
-from weft.transport.errors import AdapterFault, EngineLostError, PeerDiedError, RemoteError, WeftError
+from weft.transport.errors import AdapterFault, DeadlineError, EngineLostError, PeerDiedError, RemoteError, WeftError
 from weft.transport.messages import AdapterRef, Distributed, Group, SlabHandle
 
 ATTEMPTS = 5  # of one publish, while nothing has died: a death's notice may come later than the error that it causes
@@ -82,9 +82,8 @@ class ParamSyncPool:
         async with self._syncing.alone():
             while True:
                 await self._member.wait_ready()
-                limit = self._deadline_s * (1 + len(self._current))
                 with suppress(PeerDiedError):  # the relay's: the next one is asked again
-                    await self._member.request(messages.JoinSampler(sampler, joined.endpoint), limit)
+                    await self._member.request(messages.JoinSampler(sampler, joined.endpoint), self._join_limit_s())
                     self._joined[sampler] = joined
                     return
 
@@ -95,10 +94,10 @@ class ParamSyncPool:
             await self._member.request(messages.LeaveSampler(sampler), self._deadline_s)
 
     async def drop(self, name: str) -> None:
+        limit = self._join_limit_s()  # the relay may be giving this very adapter to a sampler that joins
         self._current.pop(name, None)
         self._settle(name)
-        with suppress(PeerDiedError):  # the next relay never hears of it
-            await self._member.request(messages.DropAdapter(name), self._deadline_s)
+        await _dropped(name, self._member, self._member.request(messages.DropAdapter(name), limit))
 
     async def wait_held(self, name: str) -> None:
         """Wait until the relay has what samplers need of this adapter: at once, but after a death of relay and sampler both."""
@@ -166,6 +165,10 @@ class ParamSyncPool:
         done: Distributed = await self._member.request(message, 2 * self._deadline_s)
         return done
 
+    def _join_limit_s(self) -> float:
+        """For all that a sampler is given when it joins."""
+        return self._deadline_s * (1 + len(self._current))
+
     def _world(self) -> tuple[int, dict[int, _Joined]]:
         return self._member.deaths, dict(self._joined)
 
@@ -205,8 +208,8 @@ class SamplerPool:
     async def add(self, config: AdapterConfig, lineage: int) -> int | None:
         """Build the adapter's environment on every sampler; returns its number of training prompts, None if endless.
 
-        Raises AdapterFault when the engines have no places left for its versions: later it would be found by whichever adapter
-        published next.
+        Raises AdapterFault when that fails or takes too long, and when the engines have no places left for its versions: later
+        it would be found by whichever adapter published next.
         """
         self._take_places(config)
         message = self._adapters[config.name] = messages.AddAdapter(to_mapping(config), lineage)
@@ -217,17 +220,19 @@ class SamplerPool:
                     added = await together(*(self._ask(member, message, self._deadline_s) for member in self._members))
                     num_prompts: int | None = added[0].num_prompts
                     return num_prompts
-        except WeftError:
+        except WeftError as error:
             self._adapters.pop(config.name, None)
             self._places.pop(config.name, None)
+            if isinstance(error, DeadlineError):
+                said = f"{config.name}: its environment is not made within {self._deadline_s:g} s: {error}"
+                raise AdapterFault(said, "DeadlineError") from error
             raise
 
     async def drop(self, name: str) -> None:
         self._adapters.pop(name, None)
         await self._sync.drop(name)  # first: a new relay may not bring it back
         for member in self._members:
-            with suppress(PeerDiedError):  # the next process never hears of it
-                await self._ask(member, messages.DropAdapter(name), self._deadline_s)
+            await _dropped(name, member, self._ask(member, messages.DropAdapter(name), self._deadline_s))
         self._places.pop(name, None)
 
     async def rollout(self, ref: AdapterRef, prompt_index: int, group_size: int, held_out: bool = False) -> Group:
@@ -252,8 +257,10 @@ class SamplerPool:
         """Tell a fresh sampler every adapter, and have the relay give it their newest versions."""
         for name, message in list(self._adapters.items()):
             if name in self._adapters:  # still; what comes while this goes on is told by `add`, which waits for this to end
-                with suppress(RemoteError):  # its own fault: its next rollout says so, to it alone
+                try:
                     await member.request(message, self._deadline_s)
+                except (RemoteError, DeadlineError) as error:  # its own fault: its next rollout here says so, to it alone
+                    _log.warning("%s comes up without %s: %s", member.name, name, error)
         await self._sync.join(self._members.index(member), member)
 
     async def lost(self, member: Member) -> None:
@@ -277,6 +284,16 @@ class SamplerPool:
         except EngineLostError as error:
             member.condemn(str(error))
             raise PeerDiedError(f"{member.name}: {error}") from error
+
+
+async def _dropped(name: str, member: Member, asked: Awaitable[Any]) -> None:
+    """Returns when this process has dropped the adapter. One that does not in time is of no use, and would give or take places
+    for what is no more; the process that follows it never hears of that, nor that of one that has died."""
+    try:
+        with suppress(PeerDiedError):
+            await asked
+    except DeadlineError as error:
+        member.condemn(f"it did not drop {name}: {error}")
 
 
 class _SharedLock:

@@ -7,6 +7,7 @@ A death: every call about an adapter that the process held raises PeerDiedError 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -15,8 +16,10 @@ from weft.actors.member import Member, all_ready, statistics_of
 from weft.configs.expand import to_mapping
 from weft.configs.schema import AdapterConfig
 from weft.transport import messages
-from weft.transport.errors import PeerDiedError
+from weft.transport.errors import AdapterFault, DeadlineError, PeerDiedError
 from weft.transport.messages import AdapterRef, Saved, SlabHandle, StepResults, TrainBatch
+
+_log = logging.getLogger(__name__)
 
 
 class _Life:
@@ -77,12 +80,16 @@ class TrainerPool:
         await all_ready(self._members)
 
     async def add(self, config: AdapterConfig, lineage: int) -> None:
+        """Raises AdapterFault when it cannot be made, or not in time."""
         await self.wait_ready()
         before = self._home.get(config.name)
         home = self._lives[min(self._members, key=self._count)] if before is None or before.ended else before
         self._home[config.name] = home  # before it is asked: those that join meanwhile count this one too
         try:
             await home.request(messages.AddAdapter(to_mapping(config), lineage), self._deadline_s)
+        except DeadlineError as error:  # it may be made yet, so its home stays known to `drop`
+            said = f"{config.name}: {home.member.name} has not made its weights within {self._deadline_s:g} s"
+            raise AdapterFault(said, "DeadlineError") from error
         except BaseException:
             if before is None:
                 self._home.pop(config.name, None)
@@ -93,8 +100,11 @@ class TrainerPool:
     async def drop(self, name: str) -> None:
         home = self._home.pop(name, None)
         if home is not None:
-            with suppress(PeerDiedError):  # then it is gone already
-                await home.request(messages.DropAdapter(name), self._deadline_s)
+            try:
+                with suppress(PeerDiedError):  # then it is gone already
+                    await home.request(messages.DropAdapter(name), self._deadline_s)
+            except DeadlineError as error:  # its memory is lost to the others, and nothing else
+                _log.warning("%s may still hold %s, which has left: %s", home.member.name, name, error)
 
     async def wait_lost(self, name: str) -> str:
         """Returns why the process died that has held this adapter since its newest `add`."""

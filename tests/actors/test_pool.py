@@ -22,6 +22,7 @@ from weft.transport.memory import Client, Server
 from weft.transport.messages import AdapterRef
 
 PIDS = itertools.count(1000)
+DEADLINE_S = 0.2  # where a law waits for it to pass
 PLACES = 12  # for versions in each engine: four adapters of max_staleness 1
 
 
@@ -63,8 +64,11 @@ class Sampler:
     async def handle(self, message: Any) -> Any:
         if self.engine_lost:
             raise EngineLostError
+        await self.world.answers("sampler", message)
         match message:
             case messages.AddAdapter():
+                if message.config["name"] in self.world.slow:
+                    await asyncio.Event().wait()
                 if message.config["name"] in self.world.broken:
                     raise AdapterFault("its environment raised", kind="ValueError", traceback="here")
                 self.told.append(message.config["name"])
@@ -77,13 +81,13 @@ class Sampler:
             case messages.Rollout():
                 self.rollouts += 1
                 await self.hold.wait()
-                if message.ref.name not in self.installed:
+                if message.ref.name not in self.installed or message.ref.name not in self.told:
                     raise InstallError(f"no {message.ref.name}")
                 return messages.Group(self.installed[message.ref.name], message.prompt_index, ())
             case messages.GetStatistics():
                 return messages.SamplerStatistics(1, 2, (), 0, 0, 0, 0.0)
             case messages.DropAdapter():
-                self.told.remove(message.name)
+                self.told = [name for name in self.told if name != message.name]
                 self.installed.pop(message.name, None)
                 return messages.Done()
 
@@ -94,6 +98,7 @@ class Trainer:
         self.versions: dict[str, AdapterRef] = {}
 
     async def handle(self, message: Any) -> Any:
+        await self.world.answers("trainer", message)
         match message:
             case messages.AddAdapter():
                 self.world.adds += 1
@@ -116,7 +121,7 @@ class Trainer:
                 self.versions[message.ref.name] = message.ref
                 return messages.Done()
             case messages.DropAdapter():
-                del self.versions[message.name]
+                self.versions.pop(message.name, None)
                 return messages.Done()
 
 
@@ -136,6 +141,7 @@ class Relay:
             await client.aclose()
 
     async def handle(self, message: Any) -> Any:
+        await self.world.answers("relay", message)
         match message:
             case messages.Distribute():
                 self.world.distributing.set()
@@ -166,6 +172,7 @@ class World:
     def __init__(self) -> None:
         self.processes: dict[str, list[StandIn]] = {}
         self.broken: set[str] = set()
+        self.slow: set[str] = set()  # whose environments are never made
         self.uninstallable: set[str] = set()
         self.distributing = asyncio.Event()
         self.starts_fail = False
@@ -179,7 +186,12 @@ class World:
         self.may_join.set()
         self.may_add.set()  # to a trainer
         self.adds = 0  # that trainers were asked for
+        self.unanswered: set[tuple[str, type]] = set()  # messages that a kind of process takes and never answers
         self.tasks: asyncio.TaskGroup
+
+    async def answers(self, kind: str, message: Any) -> None:
+        if (kind, type(message)) in self.unanswered:
+            await asyncio.Event().wait()
 
     def member(self, name: str, kind: Callable[[World], Any], clock: Callable[[], float] | None = None) -> Member:
         async def spawn() -> StandIn:
@@ -207,14 +219,14 @@ class World:
 
 
 class Pools:
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, deadline_s: float = 5) -> None:
         self.world = world
         self.sampler_members = [world.member(f"sampler-{index}", Sampler) for index in range(2)]
         self.trainer_member = world.member("trainer-0", Trainer)
         self.relay_member = world.member("relay", Relay)
-        self.trainers = TrainerPool([self.trainer_member], 5)
-        self.sync = ParamSyncPool(self.relay_member, self.trainers, 5)
-        self.samplers = SamplerPool(self.sampler_members, self.sync, 16, PLACES, 5)
+        self.trainers = TrainerPool([self.trainer_member], deadline_s)
+        self.sync = ParamSyncPool(self.relay_member, self.trainers, deadline_s)
+        self.samplers = SamplerPool(self.sampler_members, self.sync, 16, PLACES, deadline_s)
 
     def keep(self, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
         pools: list[tuple[Any, Member]] = [(self.samplers, member) for member in self.sampler_members]
@@ -243,11 +255,11 @@ def batch(ref: AdapterRef) -> messages.TrainBatch:
 
 
 @asynccontextmanager
-async def running() -> AsyncIterator[tuple[Pools, World]]:
+async def running(deadline_s: float = 5) -> AsyncIterator[tuple[Pools, World]]:
     world = World()
     async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
         world.tasks = tasks
-        pools = Pools(world)
+        pools = Pools(world, deadline_s)
         kept = pools.keep(tasks)
         await pools.samplers.wait_ready()
         await pools.trainers.wait_ready()
@@ -569,6 +581,80 @@ def test_an_adapters_own_fault_passes_through_and_touches_no_other() -> None:
             await world.until(lambda: len(world.processes["sampler-0"]) == 2)
             await pools.samplers.wait_ready()
             assert world.now("sampler-0").actor.told == ["c"]
+
+    asyncio.run(law())
+
+
+@pytest.mark.parametrize("kind", ["sampler", "trainer"])
+def test_an_adapter_that_is_not_made_in_time_fails_alone_and_leaves_its_places(kind: str) -> None:
+    async def law() -> None:
+        async with running(DEADLINE_S) as (pools, world):
+            await pools.add("a")
+            world.unanswered.add((kind, messages.AddAdapter))
+            pool = pools.samplers if kind == "sampler" else pools.trainers
+            with pytest.raises(AdapterFault, match=rf"^b: .* within {DEADLINE_S} s"):
+                await pool.add(AdapterConfig("b", max_staleness=7), 0)
+            world.unanswered.clear()
+            await pools.samplers.drop("b")
+            await pools.trainers.drop("b")
+            ref = await pools.add("c")
+            assert (await pools.samplers.rollout(ref, 0, 1)).ref == ref
+            assert not any(member.deaths for member in (*pools.sampler_members, pools.trainer_member))
+
+    asyncio.run(law())
+
+
+def test_an_adapter_made_too_late_is_dropped_from_the_trainer_that_made_it() -> None:
+    async def law() -> None:
+        async with running(DEADLINE_S) as (pools, world):
+            trainer = world.now("trainer-0").actor
+            world.unanswered.add(("trainer", messages.AddAdapter))
+            with pytest.raises(AdapterFault):
+                await pools.trainers.add(AdapterConfig("a"), 0)
+            trainer.versions["a"] = AdapterRef("a", 0, 0)  # its thread went on
+            await pools.trainers.drop("a")
+            assert trainer.versions == {}
+
+    asyncio.run(law())
+
+
+def test_an_adapter_that_a_fresh_sampler_is_not_told_of_in_time_fails_there_and_the_sampler_serves_the_others() -> None:
+    async def law() -> None:
+        async with running(DEADLINE_S) as (pools, world):
+            refs = [await pools.add(name) for name in ("a", "b")]
+            world.slow.add("a")
+            await world.kill("sampler-0")
+            await world.until(lambda: len(world.processes["sampler-0"]) == 2)
+            await pools.samplers.wait_ready()
+            assert len(world.processes["sampler-0"]) == 2
+            assert world.now("sampler-0").actor.told == ["b"]
+            world.held_back.add("sampler-1")
+            await world.kill("sampler-1")
+            assert (await pools.samplers.rollout(refs[1], 0, 1)).ref == refs[1]
+            with pytest.raises(InstallError):  # which ends its adapter
+                await pools.samplers.rollout(refs[0], 0, 1)
+            world.held_back.clear()
+
+    asyncio.run(law())
+
+
+@pytest.mark.parametrize("kind", ["relay", "sampler", "trainer"])
+def test_an_adapter_leaves_though_a_process_does_not_drop_it_and_the_others_go_on(kind: str) -> None:
+    async def law() -> None:
+        async with running(DEADLINE_S) as (pools, world):
+            refs = [await pools.add(name) for name in ("a", "b")]
+            world.unanswered.add((kind, messages.DropAdapter))
+            await pools.samplers.drop("a")
+            await pools.trainers.drop("a")
+            world.unanswered.clear()
+            await pools.sync.wait_ready()
+            await pools.samplers.wait_ready()
+            newer = await pools.step(refs[1])
+            await pools.sync.publish(newer, refs[1])
+            assert list(world.now("relay").actor.newest) == ["b"]
+            for index in range(2):
+                assert world.now(f"sampler-{index}").actor.told == ["b"]
+                assert world.now(f"sampler-{index}").actor.installed == {"b": newer}
 
     asyncio.run(law())
 
