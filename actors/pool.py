@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Sequence
-from contextlib import asynccontextmanager, suppress
+import socket
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from weft.actors.member import Member, all_ready, any_ready, statistics_of, together
@@ -62,18 +64,18 @@ class ParamSyncPool:
         while True:
             async with self._syncing.shared():
                 await self._member.wait_ready()
-                handle = await self._trainers.publish(ref)
-                await self._member.wait_ready()  # one that has come meanwhile knows no sampler before it is prepared
-                world = self._world()
-                try:
-                    done: Distributed = await self._distribute(handle, supersedes)
-                except WeftError:
-                    attempt = 1 if world != self._world() else attempt + 1
-                    if attempt >= ATTEMPTS:
-                        raise
-                else:
-                    self._held(ref)
-                    return done
+                with _taken_or_removed(await self._trainers.publish(ref)) as handle:
+                    await self._member.wait_ready()  # one that has come meanwhile knows no sampler before it is prepared
+                    world = self._world()
+                    try:
+                        done: Distributed = await self._distribute(handle, supersedes)
+                    except WeftError:
+                        attempt = 1 if world != self._world() else attempt + 1
+                        if attempt >= ATTEMPTS:
+                            raise
+                    else:
+                        self._held(ref)
+                        return done
             await asyncio.sleep(PAUSE_S * attempt)
 
     async def join(self, sampler: int, member: Member) -> None:
@@ -140,17 +142,18 @@ class ParamSyncPool:
             except WeftError as error:
                 failure: WeftError = error
             else:
-                if not self._is_current(ref):
-                    return
-                try:
-                    await self._distribute(handle, None)
-                except WeftError as error:
-                    if not member.alive:
-                        raise
-                    failure = error
-                else:
-                    self._settle(ref.name)
-                    return
+                with _taken_or_removed(handle):
+                    if not self._is_current(ref):
+                        return
+                    try:
+                        await self._distribute(handle, None)
+                    except WeftError as error:
+                        if not member.alive:
+                            raise
+                        failure = error
+                    else:
+                        self._settle(ref.name)
+                        return
             await asyncio.sleep(PAUSE_S * attempt)
         _log.warning("the new relay could not be given %s: %s", ref, failure)
 
@@ -284,6 +287,16 @@ class SamplerPool:
         except EngineLostError as error:
             member.condemn(str(error))
             raise PeerDiedError(f"{member.name}: {error}") from error
+
+
+@contextmanager
+def _taken_or_removed(handle: SlabHandle) -> Iterator[SlabHandle]:
+    """The file of this slab is gone after the block: a relay that died, or was never asked, has not taken it."""
+    try:
+        yield handle
+    finally:
+        if handle.path and handle.host in ("", socket.gethostname()):
+            Path(handle.path).unlink(missing_ok=True)
 
 
 async def _dropped(name: str, member: Member, asked: Awaitable[Any]) -> None:

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,7 +117,8 @@ class Trainer:
                 assert self.versions[message.ref.name] == message.ref
                 self.world.publishing.set()
                 await self.world.may_publish.wait()
-                return messages.SlabHandle(message.ref, 0, "float32", 1, 1.0, (), 0.0, 0.0)
+                path = self.world.slab(message.ref)
+                return messages.SlabHandle(message.ref, 0, "float32", 1, 1.0, (), 0.0, 0.0, path=path)
             case messages.Load():
                 self.versions[message.ref.name] = message.ref
                 return messages.Done()
@@ -146,6 +148,7 @@ class Relay:
             case messages.Distribute():
                 self.world.distributing.set()
                 await self.hold.wait()
+                self.world.take(message.handle.path)
                 for sampler in set(message.samplers) & set(self.endpoints):
                     await self._install(sampler, message.handle.ref)
                 self.newest[message.handle.ref.name] = message.handle
@@ -186,8 +189,25 @@ class World:
         self.may_join.set()
         self.may_add.set()  # to a trainer
         self.adds = 0  # that trainers were asked for
+        self.slabs: Path | None = None
         self.unanswered: set[tuple[str, type]] = set()  # messages that a kind of process takes and never answers
         self.tasks: asyncio.TaskGroup
+
+    def slab(self, ref: AdapterRef) -> str:
+        """A file of its own for each publish, if there is a place for them."""
+        if self.slabs is None:
+            return ""
+        path = self.slabs / f"{ref.name}-{next(PIDS)}.slab"
+        path.touch()
+        return str(path)
+
+    def take(self, path: str) -> None:
+        if path:
+            Path(path).unlink()
+
+    def slabs_left(self) -> int:
+        assert self.slabs is not None
+        return len(list(self.slabs.iterdir()))
 
     async def answers(self, kind: str, message: Any) -> None:
         if (kind, type(message)) in self.unanswered:
@@ -422,6 +442,33 @@ def test_a_version_that_a_new_relay_cannot_distribute_is_tried_again_and_no_roll
             assert sorted(world.now("relay").actor.newest) == ["a", "b"]
 
     monkeypatch.setattr("weft.actors.pool.PAUSE_S", 0.01)
+    asyncio.run(law())
+
+
+def test_no_slab_outlives_its_publish_though_relays_die_that_were_to_take_it(tmp_path: Path) -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            world.slabs = tmp_path
+            ref = await pools.add("a")
+            newer = await pools.step(ref)
+            world.now("relay").actor.hold.clear()
+            world.distributing.clear()
+            async with asyncio.TaskGroup() as tasks:
+                publishing = tasks.create_task(pools.sync.publish(newer, ref))
+                await world.distributing.wait()
+                assert world.slabs_left() == 1
+                await world.kill("relay")
+                await publishing
+            assert world.slabs_left() == 0
+            world.may_publish.clear()  # and one that nobody asks for any more
+            world.publishing.clear()
+            await world.kill("relay")
+            await world.publishing.wait()
+            await pools.samplers.drop("a")
+            world.may_publish.set()
+            await pools.sync.wait_ready()
+            assert world.slabs_left() == 0
+
     asyncio.run(law())
 
 
