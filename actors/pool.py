@@ -23,7 +23,15 @@ from weft.actors.trainer_pool import TrainerPool
 from weft.configs.expand import to_mapping
 from weft.configs.schema import AdapterConfig
 from weft.transport import messages
-from weft.transport.errors import AdapterFault, DeadlineError, EngineLostError, PeerDiedError, RemoteError, WeftError
+from weft.transport.errors import (
+    AdapterFault,
+    DeadlineError,
+    EngineLostError,
+    PeerDiedError,
+    RemoteError,
+    VersionError,
+    WeftError,
+)
 from weft.transport.messages import AdapterRef, Distributed, Group, SlabHandle
 
 ATTEMPTS = 5  # of one publish, while nothing has died: a death's notice may come later than the error that it causes
@@ -127,15 +135,15 @@ class ParamSyncPool:
     async def _hand_over(self, member: Member, ref: AdapterRef) -> None:
         """Give a fresh relay this version, unless its adapter is dropped or goes on from another one meanwhile.
 
-        When it cannot be distributed, the samplers that live have it all the same; one that comes and lacks it says so to this
-        adapter alone.
+        When it cannot be written or distributed, the samplers that live have it all the same; one that comes and lacks it says
+        so to this adapter alone.
         """
         for attempt in range(1, ATTEMPTS + 1):
             if not self._is_current(ref):
                 return
             try:
                 handle = await self._trainers.publish(ref)
-            except (PeerDiedError, RemoteError):  # it has died, or is a version ahead: the adapter's next publish is on its way
+            except (PeerDiedError, VersionError):  # it has died or is a version ahead: the next publish is on its way
                 if self._is_current(ref):
                     self._absent.setdefault(ref.name, asyncio.Event())
                 return

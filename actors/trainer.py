@@ -44,7 +44,7 @@ from weft.actors.slab_ipc import Boxes
 from weft.configs.build import build
 from weft.configs.schema import AdapterConfig, TrainerConfig
 from weft.transport import messages
-from weft.transport.errors import CheckpointError
+from weft.transport.errors import CheckpointError, VersionError
 from weft.transport.messages import UNSAMPLED, AdapterRef, StepResult, TrainBatch
 
 STATE_FILE = "adapter.safetensors"  # what Save writes: these, fp32 [D] each, and in its header the rest
@@ -191,7 +191,8 @@ class Trainer:
     @contextmanager
     def _own_version(self, ref: AdapterRef) -> Iterator[Adapter]:
         with self._own(ref.name) as adapter:
-            assert adapter.ref == ref, f"{ref} is asked for, the trainer has {adapter.ref}"
+            if adapter.ref != ref:
+                raise VersionError(f"{ref} is asked for, the trainer has {adapter.ref}")
             yield adapter
 
     # ---- training ----

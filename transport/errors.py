@@ -9,6 +9,7 @@
     ├── RemoteError              the peer's handler raised; carries its traceback
     │   └── AdapterFault         ... because of one adapter (its reward, its loss): the others go on
     ├── InstallError             a sampler could not take a version
+    ├── VersionError             a trainer has another version of the adapter than the one asked for
     ├── EngineLostError          a sampler's process lives, but its engine does not: it can do nothing any more
     ├── RendezvousError          a broadcast group did not form in time; says which ranks came
     ├── StartError               an actor did not start, or not in time; carries its traceback
@@ -63,6 +64,10 @@ class AdapterFault(RemoteError):
 
 class InstallError(WeftError):
     """A sampler could not take a version, or it took one that does not sample as it should."""
+
+
+class VersionError(WeftError):
+    """The trainer has another version of this adapter than the one asked for: it is ahead, or has begun a new lineage."""
 
 
 class EngineLostError(WeftError):

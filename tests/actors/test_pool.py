@@ -18,7 +18,15 @@ from weft.actors.pool import ParamSyncPool, SamplerPool
 from weft.actors.trainer_pool import TrainerPool
 from weft.configs.schema import AdapterConfig
 from weft.transport import messages
-from weft.transport.errors import AdapterFault, EngineLostError, InstallError, PeerDiedError, RemoteError, StartError
+from weft.transport.errors import (
+    AdapterFault,
+    EngineLostError,
+    InstallError,
+    PeerDiedError,
+    RemoteError,
+    StartError,
+    VersionError,
+)
 from weft.transport.memory import Client, Server
 from weft.transport.messages import AdapterRef
 
@@ -114,7 +122,10 @@ class Trainer:
                 self.versions.update({ref.name: AdapterRef(ref.name, ref.lineage, ref.version + 1) for ref in refs})
                 return messages.StepResults(tuple(messages.StepResult(self.versions[ref.name], 0, {}) for ref in refs), 1.0)
             case messages.Publish():
-                assert self.versions[message.ref.name] == message.ref
+                if self.versions[message.ref.name] != message.ref:
+                    raise VersionError(f"{self.versions[message.ref.name]} is here")
+                if self.world.full:
+                    raise OSError("No space left on device")
                 self.world.publishing.set()
                 await self.world.may_publish.wait()
                 path = self.world.slab(message.ref)
@@ -190,6 +201,7 @@ class World:
         self.may_add.set()  # to a trainer
         self.adds = 0  # that trainers were asked for
         self.slabs: Path | None = None
+        self.full = False  # the place for them
         self.unanswered: set[tuple[str, type]] = set()  # messages that a kind of process takes and never answers
         self.tasks: asyncio.TaskGroup
 
@@ -440,6 +452,29 @@ def test_a_version_that_a_new_relay_cannot_distribute_is_tried_again_and_no_roll
             world.uninstallable.clear()
             await pools.sync.wait_ready()
             assert sorted(world.now("relay").actor.newest) == ["a", "b"]
+
+    monkeypatch.setattr("weft.actors.pool.PAUSE_S", 0.01)
+    asyncio.run(law())
+
+
+def test_a_slab_that_a_trainer_cannot_write_for_a_new_relay_holds_up_no_rollout_and_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its adapter may be sampling, with no publish on its way that would end a wait."""
+
+    async def law() -> None:
+        async with running() as (pools, world):
+            ref = await pools.add("a")
+            world.full = True
+            await world.kill("relay")
+            await world.until(lambda: len(world.processes["relay"]) == 2)
+            await pools.sync.wait_ready()
+            assert (await pools.samplers.rollout(ref, 0, 1)).ref == ref  # every sampler has it
+            await world.kill("relay")
+            await world.until(lambda: len(world.processes["relay"]) == 3)
+            world.full = False
+            await pools.sync.wait_ready()
+            assert list(world.now("relay").actor.newest) == ["a"]
 
     monkeypatch.setattr("weft.actors.pool.PAUSE_S", 0.01)
     asyncio.run(law())

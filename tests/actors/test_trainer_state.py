@@ -13,7 +13,7 @@ from weft.actors.peft_folder import read_peft_folder
 from weft.configs.expand import to_mapping
 from weft.configs.schema import AdapterConfig, LoraConfig, LossConfig, OptimizerConfig
 from weft.transport import messages
-from weft.transport.errors import AdapterFault, CheckpointError
+from weft.transport.errors import AdapterFault, CheckpointError, VersionError
 from weft.transport.messages import AdapterRef, TrainBatch
 
 torch.set_num_threads(1)
@@ -128,7 +128,7 @@ def test_a_published_slab_is_the_weights_of_that_version(make: Make, dtype: str,
     first = bench.ask(messages.Publish(AdapterRef("two", 0, 0)))
     assert first.canary_logprob == pytest.approx(first.base_logprob, abs=1e-6)
     bench.step(batch("two"))
-    with pytest.raises(AssertionError, match="two/0/0 is asked for, the trainer has two/0/1"):
+    with pytest.raises(VersionError, match="two/0/0 is asked for, the trainer has two/0/1"):
         bench.ask(messages.Publish(AdapterRef("two", 0, 0)))
     handle = bench.ask(messages.Publish(AdapterRef("two", 0, 1)))
     slab = torch.frombuffer(bytearray(Path(handle.path).read_bytes()), dtype=getattr(torch, dtype))
