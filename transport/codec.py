@@ -89,6 +89,8 @@ def _schema() -> int:
 def _pair(hint: Any) -> tuple[Encoder, Decoder]:
     """The encoder and decoder of one hint; each is made once."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hasattr(origin, "__value__"):  # from 2.5 on numpy's NDArray is an alias
+        return _pair(origin.__value__)
     if origin in (Union, types.UnionType):
         inner = [argument for argument in arguments if argument is not type(None)]
         assert len(inner) == 1, f"{hint}: a field is one type, or that type or None"

@@ -28,7 +28,7 @@ def scatter_slab(slab: Tensor, places: Places, slot: int, scale: float) -> Tenso
     return fault
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slot"])
 def _scatter(
     slab, like, table, work, fault, slot, scale,
     FIELDS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
@@ -43,7 +43,7 @@ def _scatter(
     filled_cols = tl.load(row_of_table + 6)
     source = slab + tl.multiple_of(tl.load(row_of_table + 3), ALIGN)
     address = tl.load(row_of_table).to(tl.pointer_type(like.dtype.element_ty))
-    place = tl.multiple_of(address + slot.to(tl.int64) * size, ALIGN)
+    place = tl.multiple_of(address + size * slot, ALIGN)
     element = start + tl.arange(0, BLOCK)
     if stride == cols:  # as wide there as here
         filled = tl.multiple_of(filled_rows * cols, ALIGN)
