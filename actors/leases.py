@@ -17,12 +17,14 @@ from weft.transport.messages import AdapterRef
 
 @dataclass
 class Version:
-    """One set of weights in the engine. lora_id: its number there; leases: rollouts that may still name it."""
+    """One set of weights in the engine. lora_id: its number there; leases: rollouts that may still name it; retired: no new one
+    may; installing: it has a place, and is nobody's yet; removing: the engine may have let go of it, so it never comes back."""
 
     ref: AdapterRef
     lora_id: int
     leases: int = 0
     retired: bool = False
+    installing: bool = False
     removing: bool = False
 
 
@@ -56,7 +58,7 @@ class Leases:
         return next(self._ids)
 
     def reserve(self, ref: AdapterRef, lora_id: int) -> Version:
-        """A place for `ref`, which no rollout can name before `publish`. lora_id: of `new_id`.
+        """A place for `ref`, which no rollout can name before `publish`; `publish` it or `give_up`. lora_id: of `new_id`.
 
         Raises InstallError when every place is taken.
         """
@@ -66,17 +68,21 @@ class Leases:
                 f"{ref}: {len(self._versions)} versions are live and max_live_versions is {self.limit}; live: {held}"
             )
         assert ref not in self._versions, f"{ref} has a place already"
-        version = self._versions[ref] = Version(ref, lora_id, retired=True, removing=True)
+        version = self._versions[ref] = Version(ref, lora_id, retired=True, installing=True)
         return version
 
     def publish(self, version: Version) -> None:
         """From here on new rollouts may name it."""
-        version.retired = version.removing = False
+        version.retired = version.installing = False
+
+    def give_up(self, version: Version) -> None:
+        """Its install has failed, and the engine may hold something of it: it is removable."""
+        version.installing, version.removing = False, True
 
     def restore(self, ref: AdapterRef) -> bool:
         """Take back the retirement of a version that is still leased. False: the engine does not hold it (any more)."""
         version = self._versions.get(ref)
-        if version is None or version.removing:
+        if version is None or version.installing or version.removing:
             return False
         version.retired = False
         return True
@@ -118,15 +124,16 @@ class Leases:
             if version.ref.name == name:
                 version.retired = True
 
-    def take_removable(self) -> list[Version]:
-        """Retired versions that nobody leases, each handed out once: remove them from the engine, then `forget` them.
+    def next_removable(self) -> Version | None:
+        """A retired version that nobody leases: remove it from the engine, then `forget` it.
 
-        Until then they keep their place: the engine would otherwise be asked to hold one too many.
+        Until then it keeps its place, since the engine would otherwise be asked to hold one too many, and is handed out again,
+        since a removal may be cut short.
         """
-        found = [v for v in self._versions.values() if v.retired and not v.leases and not v.removing]
-        for version in found:
+        version = next((v for v in self._versions.values() if v.retired and not v.leases and not v.installing), None)
+        if version is not None:
             version.removing = True
-        return found
+        return version
 
     def forget(self, version: Version) -> None:
         """The engine has let go of it: its place is free."""

@@ -82,6 +82,7 @@ class Sampler:
         self._adapters: dict[str, _Adapter] = {}
         self._announced: dict[AdapterRef, tuple[Receive, int]] = {}  # with the id that it will have in the engine
         self._installing: dict[AdapterRef, asyncio.Event] = {}
+        self._removal = asyncio.Lock()
         self._in_flight = self._installs = 0
         self._busy = _BusyClock()
         self.fatal: asyncio.Future[None]
@@ -154,14 +155,15 @@ class Sampler:
         group = None if handle.data is not None else {key: getattr(message, key) for key in keys}
         data = None if handle.data is None else handle.data.tobytes()
         for stale in [ref for ref in self._announced if ref.name == handle.ref.name and ref not in self._installing]:
-            del self._announced[stale]  # it never was installed, and would keep its slot
-            await self._engine.call("slab_discard", str(stale))
+            await self._engine.call("slab_discard", str(stale))  # it never was installed, and would keep its slot
+            self._announced.pop(stale, None)
+        lora_id = self._leases.new_id()
+        self._announced[handle.ref] = (message, lora_id)  # from now on: one that is given up here may have its slot there
         try:
-            lora_id = self._leases.new_id()
             await self._engine.call("slab_receive", str(handle.ref), slab, group, data, lora_id)
         except CallError as error:
+            self._announced.pop(handle.ref, None)
             raise InstallError(f"sampler {self._index} cannot take {handle.ref}: {error}") from error
-        self._announced[handle.ref] = (message, lora_id)
         return Done()
 
     async def _install(self, ref: AdapterRef) -> Done:
@@ -173,24 +175,29 @@ class Sampler:
             return Done()
         if ref not in self._announced:
             raise InstallError(f"sampler {self._index}: no slab of {ref} was announced")
-        await self._remove_retired()
         message, lora_id = self._announced[ref]
-        version = self._leases.reserve(ref, lora_id)
         self._installing[ref] = asyncio.Event()
+        try:
+            await self._remove_retired()
+            await self._install_in(self._leases.reserve(ref, lora_id), message)
+        finally:
+            self._installing.pop(ref).set()
+        return Done()
+
+    async def _install_in(self, version: Version, message: Receive) -> None:
+        """Install an announced slab in the place that `version` has."""
         try:
             await self._apply(version, message.deadline_s)
             await self._check_canary(version, message.handle)
         except BaseException:
-            await self._engine.call("slab_remove", version.lora_id)
-            self._leases.forget(version)
+            self._leases.give_up(version)
+            await self._remove_retired()
             raise
         else:
             self._leases.publish(version)
             self._installs += 1
         finally:
-            self._announced.pop(ref, None)
-            self._installing.pop(ref).set()
-        return Done()
+            self._announced.pop(version.ref, None)
 
     async def _apply(self, version: Version, deadline_s: float) -> None:
         """Into the engine, as soon as the slab is there."""
@@ -220,10 +227,11 @@ class Sampler:
         )
 
     async def _remove_retired(self) -> None:
-        """Free the places of retired versions whose last lease has ended."""
-        for version in self._leases.take_removable():
-            await self._engine.call("slab_remove", version.lora_id)
-            self._leases.forget(version)
+        """Free the places of retired versions whose last lease has ended. What a cancelled call leaves, the next one does."""
+        async with self._removal:
+            while (version := self._leases.next_removable()) is not None:
+                await self._engine.call("slab_remove", version.lora_id)
+                self._leases.forget(version)
 
     # ---- rollouts ----
 

@@ -20,27 +20,49 @@ def install(leases: Leases, *refs: AdapterRef) -> None:
         leases.publish(leases.reserve(item, leases.new_id()))
 
 
+def removed(leases: Leases) -> list[AdapterRef]:
+    """What is removable, which then is forgotten."""
+    found = []
+    while (version := leases.next_removable()) is not None:
+        leases.forget(version)
+        found.append(version.ref)
+    return found
+
+
 def test_a_lease_keeps_its_version_until_it_ends() -> None:
     leases = Leases(4)
     install(leases, ref(0), ref(1))
     lease = leases.acquire(ref(0))
     leases.retire(ref(0))
-    assert leases.take_removable() == []
+    assert leases.next_removable() is None
     assert lease.version.ref == ref(0)
     leases.release(lease)
-    assert [version.ref for version in leases.take_removable()] == [ref(0)]
+    assert removed(leases) == [ref(0)]
 
 
-def test_a_removable_version_is_handed_out_once_and_holds_its_place_until_forgotten() -> None:
+def test_a_removable_version_is_handed_out_until_it_is_forgotten_and_holds_its_place() -> None:
     leases = Leases(1)
     install(leases, ref(0))
     leases.retire(ref(0))
-    (version,) = leases.take_removable()
-    assert leases.take_removable() == []
+    version = leases.next_removable()
+    assert version is not None
+    assert leases.next_removable() is version, "a removal that was cut short is done again"
     with pytest.raises(InstallError):
         leases.reserve(ref(1), leases.new_id())
     leases.forget(version)
+    assert leases.next_removable() is None
     install(leases, ref(1))
+
+
+def test_a_version_whose_install_is_given_up_is_removable_and_never_comes_back() -> None:
+    leases = Leases(1)
+    version = leases.reserve(ref(0), leases.new_id())
+    assert leases.next_removable() is None and not leases.restore(ref(0))
+    leases.give_up(version)
+    assert not leases.restore(ref(0))
+    with pytest.raises(InstallError):
+        leases.acquire(ref(0))
+    assert removed(leases) == [ref(0)]
 
 
 def test_a_retired_version_gives_way_to_the_newest_of_its_lineage_alone() -> None:
@@ -65,7 +87,7 @@ def test_no_lease_is_older_than_what_was_asked_for() -> None:
 def test_a_reserved_version_is_nobodys_before_it_is_published() -> None:
     leases = Leases(2)
     version = leases.reserve(ref(0), leases.new_id())
-    assert not leases.holds(ref(0)) and leases.take_removable() == []
+    assert not leases.holds(ref(0)) and leases.next_removable() is None
     with pytest.raises(InstallError):
         leases.acquire(ref(0))
     leases.publish(version)
@@ -80,7 +102,7 @@ def test_ids_are_never_reused() -> None:
         leases.publish(version)
         seen.add(version.lora_id)
         leases.retire(version.ref)
-        leases.forget(*leases.take_removable())
+        assert removed(leases) == [version.ref]
     assert len(seen) == 50 and min(seen) >= 1
 
 
@@ -99,7 +121,7 @@ def test_renewing_moves_the_lease_to_the_newest_and_frees_the_old() -> None:
     install(leases, ref(1))
     leases.retire(ref(0))
     assert leases.renew(lease) == ref(1)
-    assert [version.ref for version in leases.take_removable()] == [ref(0)]
+    assert removed(leases) == [ref(0)]
 
 
 def test_renewing_never_moves_back() -> None:
@@ -119,7 +141,7 @@ def test_a_retirement_is_taken_back_only_while_the_engine_still_holds_the_versio
     assert leases.restore(ref(0)) and leases.holds(ref(0))
     leases.retire(ref(0))
     leases.release(lease)
-    leases.take_removable()
+    leases.next_removable()
     assert not leases.restore(ref(0))
 
 
@@ -140,8 +162,7 @@ def test_no_leased_version_ever_goes_and_the_limit_always_holds(seed: int) -> No
             newest += 1
             install(leases, ref(newest))
             leases.retire(ref(newest - 1))
-        for version in leases.take_removable():
-            leases.forget(version)
+        removed(leases)
         assert len(leases.live) <= 3
         assert {lease.version.ref for lease in held} <= set(leases.live)
         assert leases.holds(ref(newest))

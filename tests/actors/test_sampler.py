@@ -548,6 +548,25 @@ def test_a_cancelled_rollout_aborts_its_requests_and_frees_its_leases(bench: Ben
     bench.run(law())
 
 
+def test_a_removal_that_is_cut_short_is_done_by_the_next_call_and_never_comes_back(bench: Bench) -> None:
+    async def law() -> None:
+        ref = await bench.adapter()
+        newer = dataclasses.replace(ref, version=2)
+        await bench.publish(bench.reference.slab(newer))
+        async with asyncio.TaskGroup() as tasks:
+            retiring = tasks.create_task(bench.sampler.handle(Retire(ref)))
+            await asyncio.sleep(0)  # it awaits the engine now
+            retiring.cancel()
+        await bench.publish(bench.reference.slabs[ref])  # again, of the version that the engine may have let go of
+        bench.check(await bench.rollout(ref))
+        for old in (ref, newer):
+            await bench.sampler.handle(Retire(old))
+        assert (await bench.statistics()).live_versions == ()
+        assert (await bench.sampler._engine.call("slab_statistics"))["lora_ids"] == []
+
+    bench.run(law())
+
+
 def test_an_environment_that_raises_is_its_adapters_fault_alone(bench: Bench) -> None:
     async def law() -> tuple[Group, BaseException]:
         broken = await bench.adapter(target="Broken")
