@@ -229,7 +229,9 @@ class SamplerExtension:
             self._forget(key)
 
     def slab_remove(self, lora_id: int) -> None:
-        """Free the place of `lora_id`. The caller knows that no request names it any more."""
+        """Free the place of `lora_id`, whose slab may be on its way yet. The caller knows that no request names it any more."""
+        for key in [key for key, arrival in self.weft_arrivals.items() if arrival.lora_id == lora_id]:
+            self._forget(key)  # or it would be filled in when another one has the place
         self._register()
         self.weft_manager.remove_adapter(lora_id)
         self._free(lora_id)

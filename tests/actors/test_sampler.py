@@ -689,6 +689,37 @@ def test_a_broadcast_that_never_comes_is_an_install_error_and_the_next_one_is_ta
     bench.check(bench.run(bench.rollout(handle.ref)))
 
 
+def test_a_slab_that_comes_after_its_install_was_given_up_never_touches_the_version_that_has_its_place(bench: Bench) -> None:
+    ref = bench.run(bench.adapter(version=0))
+    store = RendezvousStore()
+    late, other, last = (bench.reference.slab(dataclasses.replace(ref, version=version)) for version in (1, 2, 3))
+    group = BroadcastGroup(store.address, "late", 0, 2, deadline_s=10.0)
+
+    async def announce(handle: SlabHandle) -> None:
+        await bench.sampler.handle(Receive(dataclasses.replace(handle, data=None), store.address, "late", 1, 2, "gloo", 10.0))
+
+    async def law() -> None:
+        await announce(late)
+        async with asyncio.TaskGroup() as tasks:
+            install = tasks.create_task(bench.sampler.handle(Install(late.ref)))
+            while str(late.ref) not in (await bench.statistics()).live_versions:
+                await bench.sampler._engine.call("slab_statistics")
+            install.cancel()
+        await bench.publish(other)  # into the place that is free now
+        await announce(last)
+        for handle in (late, last):
+            await asyncio.to_thread(group.broadcast, torch.from_numpy(handle.data))
+        await bench.sampler.handle(Install(last.ref))  # one thread receives both: the late one has come, too
+        for version in (other, last):
+            bench.check(await bench.rollout(version.ref))
+        assert len((await bench.sampler._engine.call("slab_statistics"))["lora_ids"]) == 3
+        for version in (other, last):
+            await bench.sampler.handle(Retire(version.ref))
+
+    bench.run(law())
+    group.close()
+
+
 ALONE = """
     import asyncio, sys
     from weft.actors.sampler import Sampler
