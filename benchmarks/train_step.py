@@ -37,6 +37,7 @@ from weft.actors.model import Decoder
 MATRIX_RATE = 796e12  # bf16 FLOP/s of one H200 on random data: shared by every percent_of_ceiling
 LARGEST_BASE = 32768  # tokens of a step of the base alone: more of them take longer and say the same
 SLOW_RUNS = 2  # timed runs of each turn of a loop over many adapters: it takes seconds, and repeats itself
+OTHERS_BYTES = 4 << 30  # of a card that is in use, drivers and this process aside
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 CASES = {
     case.name: case
@@ -209,6 +210,8 @@ def main() -> None:
         return
     if options.smoke:
         torch.set_num_threads(1)
+    if device.type == "cuda":
+        check_alone()
     checked = check(device)
     print("gate:", checked, flush=True)
     name = torch.cuda.get_device_name().split()[-1].lower() if device.type == "cuda" else "cpu"
@@ -230,6 +233,13 @@ def main() -> None:
         result["learning"] = learn(device, 1 if options.smoke else options.learning, ("full", "fp8")[: 1 + (name != "cpu")])
     if not options.smoke or options.output:
         finish(path, result)
+
+
+def check_alone() -> None:
+    """A card that others use has other figures: less memory means recomputing."""
+    free, total = torch.cuda.mem_get_info()
+    if total - free > OTHERS_BYTES:
+        raise SystemExit(f"train_step: others hold {(total - free) / 2**30:.1f} GiB of this card: it must be free")
 
 
 def begin(device: torch.device, checked: dict[str, Any], path: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 from weft.configs import schema
 from weft.configs.build import SettingError, build
 from weft.configs.expand import leaves
-from weft.configs.schema import AdapterConfig, ClusterConfig, LossConfig, ModelConfig, RunConfig
+from weft.configs.schema import AdapterConfig, ClusterConfig, Config, LossConfig, ModelConfig, RunConfig
 
 SECTIONS = {"run": RunConfig, "model": ModelConfig, "cluster": ClusterConfig, "adapter": AdapterConfig}
 LISTED = """
@@ -110,3 +110,13 @@ def test_numbers_as_yaml_gives_them_become_what_the_schema_says() -> None:
     assert (built.num_steps, built.optimizer.learning_rate, built.lora.alpha) == (3, 1e-4, 4.0)
     assert isinstance(built.num_steps, int)
     assert build(AdapterConfig, {"name": "a", "sampling": {"stop": "\n"}}).sampling.stop == ("\n",)
+
+
+def test_fp8_is_asked_for_with_the_dtype_and_needs_a_gpu() -> None:
+    model = ModelConfig(dtype="bfloat16+fp8")
+    assert (model.tensors, model.base_precision) == ("bfloat16", "fp8")
+    assert (ModelConfig().tensors, ModelConfig().base_precision) == ("float32", "full")
+    adapters = (AdapterConfig(name="a"),)
+    Config(RunConfig(), model, ClusterConfig(gpus_per_trainer=1), adapters)
+    with pytest.raises(ValueError, match=r"model.dtype='bfloat16\+fp8': must be bfloat16 with cluster.gpus_per_trainer=0"):
+        Config(RunConfig(), model, ClusterConfig(), adapters)
