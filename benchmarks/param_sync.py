@@ -42,7 +42,7 @@ ADAPTERS = 8
 ROW = 64  # tokens of a row that is trained
 FULL = ("cluster=h200x2", "cluster.sampler.max_model_len=1024", "template.sampling.max_tokens=768", "template.max_staleness=1")
 SMOKE = ("cluster=laptop", "template.sampling.max_tokens=32", "template.max_staleness=1")
-GAPS_FILE, LIVE_FILE = "gaps.npy", "live.json"
+GAPS_FILE, NOTES_FILE = "gaps.npy", "notes.json"
 THEIR_ID = 1_000_000  # of the adapter that vLLM loads itself: none of ours
 
 
@@ -79,8 +79,7 @@ class MeasuredSampler(Sampler):
             case Save(_, folder):
                 np.save(Path(folder) / GAPS_FILE, np.array(self._gaps))
                 self._gaps.clear()
-                live = (await self._engine.call("slab_statistics"))["live"]
-                (Path(folder) / LIVE_FILE).write_text(json.dumps(live))
+                (Path(folder) / NOTES_FILE).write_text(json.dumps(await self._engine.call("slab_statistics")))
                 return Saved({})
             case Load(_, folder):
                 from vllm.lora.request import LoRARequest
@@ -128,7 +127,7 @@ class Bench:
         """Gaps (when, seconds, adapter) and when versions were live, since the last call."""
         (member,) = self.running.samplers._members
         await member.request(Save(AdapterRef("", 0, 0), str(self.folder)))
-        return np.load(self.folder / GAPS_FILE).reshape(-1, 3), json.loads((self.folder / LIVE_FILE).read_text())
+        return np.load(self.folder / GAPS_FILE).reshape(-1, 3), json.loads((self.folder / NOTES_FILE).read_text())["live"]
 
 
 def batch_of(ref: AdapterRef) -> TrainBatch:
