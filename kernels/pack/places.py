@@ -32,6 +32,7 @@ class Target:
     def __post_init__(self) -> None:
         assert self.stack.dim() == 3 and self.stack.is_contiguous(), f"a stack {tuple(self.stack.shape)} that is not contiguous"
         _, rows, cols = self.stack.shape
+        assert rows * cols < 2**31, f"a slot of {rows} x {cols}: the kernel counts within one in 32 bits"
         assert self.filled_rows <= rows and self.filled_cols <= cols, f"{self} is larger than its slot"
 
     @property

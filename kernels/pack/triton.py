@@ -35,12 +35,12 @@ def _scatter(
 ):  # fmt: skip
     program = tl.program_id(0)
     row_of_table = table + tl.load(work + 2 * program).to(tl.int64) * FIELDS
-    start = tl.load(work + 2 * program + 1).to(tl.int64) * BLOCK
+    start = tl.load(work + 2 * program + 1) * BLOCK
     size = tl.multiple_of(tl.load(row_of_table + 1), ALIGN)
-    cols = tl.load(row_of_table + 2)
-    stride = tl.load(row_of_table + 4)
-    filled_rows = tl.load(row_of_table + 5)
-    filled_cols = tl.load(row_of_table + 6)
+    cols = tl.load(row_of_table + 2).to(tl.int32)  # within one matrix 32 bits do, and divide several times faster
+    stride = tl.load(row_of_table + 4).to(tl.int32)
+    filled_rows = tl.load(row_of_table + 5).to(tl.int32)
+    filled_cols = tl.load(row_of_table + 6).to(tl.int32)
     source = slab + tl.multiple_of(tl.load(row_of_table + 3), ALIGN)
     address = tl.load(row_of_table).to(tl.pointer_type(like.dtype.element_ty))
     place = tl.multiple_of(address + size * slot, ALIGN)
