@@ -78,6 +78,7 @@ class Sampler:
         self._config = config
         self._index = index
         self._tolerance = CANARY_TOLERANCE[model_dtype]
+        self._max_lora_rank = int(arguments["max_lora_rank"])
         self._leases = Leases(max_live_versions)
         self._adapters: dict[str, _Adapter] = {}
         self._announced: dict[AdapterRef, tuple[Receive, int]] = {}  # with the id that it will have in the engine
@@ -127,6 +128,12 @@ class Sampler:
 
     async def _add(self, message: AddAdapter) -> AdapterAdded:
         config = build(AdapterConfig, message.config)
+        if config.lora.rank > self._max_lora_rank:  # now, not when it has trained its first step
+            raise AdapterFault(
+                f"{config.name}: lora.rank={config.lora.rank}: must be at most {self._max_lora_rank}, "
+                "which is what the running samplers take",
+                "ValueError",
+            )
         held = self._adapters.get(config.name)
         if held is None or held.settings != message.config:
             with blamed_on(config.name, f"making its environment {config.environment.target}"):

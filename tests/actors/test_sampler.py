@@ -30,7 +30,7 @@ from weft.actors.episode import seed_of
 from weft.actors.lora import SlabLayout, linear_shapes, resolve_targets
 from weft.actors.sampler import Sampler
 from weft.actors.sampler_engine import STEP_TOKENS_CPU
-from weft.configs.schema import AdapterConfig, EnvironmentConfig, SamplerConfig, SamplingConfig
+from weft.configs.schema import AdapterConfig, EnvironmentConfig, LoraConfig, SamplerConfig, SamplingConfig
 from weft.transport.broadcast import BroadcastGroup, RendezvousStore
 from weft.transport.errors import AdapterFault, EngineLostError, InstallError
 from weft.transport.messages import (
@@ -613,6 +613,13 @@ def test_more_prompt_tokens_than_one_step_takes_are_no_harm(bench: Bench) -> Non
     group = bench.run(bench.rollout(bench.run(bench.adapter(sampling=SamplingConfig(max_tokens=3))), 96))
     assert sum((sample.versions == UNSAMPLED).sum() for sample in group.samples) > STEP_TOKENS_CPU
     bench.check(dataclasses.replace(group, samples=group.samples[-4:]))
+
+
+def test_a_rank_above_the_engines_is_refused_when_the_adapter_is_added(bench: Bench) -> None:
+    wide = AdapterConfig("wide", environment=EnvironmentConfig("weft_test_environments.Talk"), lora=LoraConfig(rank=17))
+    with pytest.raises(AdapterFault, match=r"wide: lora.rank=17: must be at most 16"):
+        bench.run(bench.sampler.handle(AddAdapter(dataclasses.asdict(wide))))
+    assert "wide" not in bench.sampler._adapters
 
 
 def test_adding_an_adapter_twice_changes_nothing_and_says_how_many_prompts_there_are(bench: Bench) -> None:
