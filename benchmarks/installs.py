@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tally, seconds = uvloop.run(run(config, arguments.installs))
     result: dict[str, Any] = {
         "benchmark": "installs",
-        "form": "full" if arguments.installs >= FULL else "smoke",
+        "form": "full" if arguments.installs >= FULL else "short",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "benchmarks/installs.py", *(sys.argv[1:] if argv is None else argv)]),
         **facts,

@@ -51,11 +51,11 @@ def result(benchmark, simulation, tmp_path_factory):
     return policies, {name: benchmark.measure(policy) for name, policy in policies.items()}
 
 
-async def both(benchmark, simulation, config):
+async def both(benchmark, simulation, config, names=("serial", "together")):
     world = simulation.World(random.Random(0), capacity=64, train_seconds=1.0, spread=False)
     samplers, trainers = simulation.SimulatedSamplers(world), simulation.SimulatedTrainers(world)
     pools = Pools(samplers, trainers, simulation.SimulatedSync(world, samplers, trainers))
-    return await benchmark.run_both(config, pools)
+    return await benchmark.run_both(config, pools, names)
 
 
 def pool(busy_seconds: float, load: float = 0.5) -> PoolStatistics:
@@ -104,6 +104,27 @@ def test_a_ratio_above_one_says_that_together_is_sooner(benchmark):
     told = benchmark.ratios({"serial": dict.fromkeys(names, 30.0), "together": dict.fromkeys(names, 10.0)})
     assert [told[name]["value"] for name in names] == [3.0, 3.0, 3.0]
     assert {entry["baseline"] for entry in told.values()} == {"serial"}
+
+
+def test_each_policy_does_what_its_name_says(benchmark, simulation, tmp_path):
+    adapters = tuple(
+        simulation.adapter_config(f"a.{i}", num_steps=4, batch_size=8, group_size=4, max_staleness=2) for i in range(3)
+    )
+    config = Config(RunConfig(dir=str(tmp_path)), ModelConfig(), ClusterConfig(), adapters)
+    names = ("serial-on-policy", "lock-step", "one-a-launch", "staleness-0", "staleness-1")
+    policies = simulation.run_virtual(lambda: both(benchmark, simulation, config, names))
+    measured = {name: benchmark.measure(policy) for name, policy in policies.items()}
+    for name, most in zip(names, (0, 0, 0, 0, 1), strict=True):
+        assert measured[name]["max_staleness_seen"] <= most
+        assert measured[name]["steps"] == 12
+    assert measured["one-a-launch"]["adapters_per_launch"] == 1.0
+    assert measured["staleness-0"]["adapters_per_launch"] > 1.0
+    taken = [event for event in policies["lock-step"].events if isinstance(event, StepTaken)]
+    assert [event.version for event in sorted(taken, key=lambda event: event.time)] == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
+    told = benchmark.versus(measured)
+    assert set(told) == set(names[1:])
+    assert {entry["baseline"] for entry in told.values()} == {"serial-on-policy"}
+    assert told["staleness-0"]["final_experiment_time"] > 1.0
 
 
 def test_serial_experiments_never_overlap_and_joint_ones_do(result):
