@@ -109,18 +109,20 @@ class FanOut:
         self._turn = asyncio.Lock()  # one slab at a time is announced and broadcast: what is announced first comes first
         self.epoch = 0
         self.bytes_sent = 0
+        self.notice = ""  # what the user should know, until somebody has told him
         self.home = torch.device("cuda", max(torch.cuda.device_count() - 1, 0))  # for slabs that come from the host
 
     async def send(self, handle: SlabHandle, slab: torch.Tensor, peers: Sequence[Peer]) -> Times:
         """Returns when every peer that is still serving has installed the slab (uint8 [nbytes]).
 
         Raises InstallError naming the samplers that refuse it; RendezvousError, PeerDiedError or DeadlineError when
-        ROUNDS broadcasts have failed: over NCCL, and then, if the configuration allows it, through the host too.
+        ROUNDS broadcasts have failed: over NCCL, and then, if the configuration allows it, through the host too. A broadcast
+        over NCCL that took the whole deadline is not tried again where there is the host to go through.
         """
         times, failures = Times(), list[WeftError]()
         refusals: dict[Peer, WeftError] = {}
         while waiting := [peer for peer in peers if peer not in refusals and self._waits(peer, handle.ref)]:
-            if len(failures) >= ROUNDS:
+            if len(failures) >= ROUNDS or (failures and self._time_is_up(failures[-1])):
                 self._fall_back(failures[-1])
                 failures.clear()
             try:
@@ -137,11 +139,20 @@ class FanOut:
         for group in [group for group in self._groups.values() if any(map(gone, group.peers))]:
             self._end(group)
 
+    @property
+    def _may_fall_back(self) -> bool:
+        return self.backend == "nccl" and self._config.backend == "nccl-or-gloo"
+
+    def _time_is_up(self, failure: WeftError) -> bool:
+        """Whoever waits for this slab waits little longer than one deadline."""
+        return self._may_fall_back and isinstance(failure, RendezvousError | DeadlineError)
+
     def _fall_back(self, failure: WeftError) -> None:
         """From now on through the host. Raises `failure` if there is nothing to fall back to, or it is not allowed."""
-        if self.backend == "gloo" or self._config.backend != "nccl-or-gloo":
+        if not self._may_fall_back:
             raise failure
-        _log.warning("parameter sync goes through the host (gloo) from now on, since over %s: %s", self.backend, failure)
+        self.notice = f"parameter sync goes through the host (gloo) from now on, since over {self.backend}: {failure}"
+        _log.warning("%s", self.notice)
         self.backend = "gloo"
         self.dissolve()
 

@@ -110,7 +110,8 @@ class ParamSync:
             if message.supersedes is not None and message.supersedes != handle.ref:
                 await self._retire(message.supersedes, peers)
         self._distributed += 1
-        return Distributed(seconds=time.monotonic() - started, broadcast_seconds=times.broadcast, install_seconds=times.install)
+        notice, self._fan().notice = self._fan().notice, ""
+        return Distributed(time.monotonic() - started, times.broadcast, times.install, notice)
 
     async def _trim(self) -> None:
         """Keep DEVICE_BYTES on the GPU at most."""

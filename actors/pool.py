@@ -174,6 +174,8 @@ class ParamSyncPool:
     async def _distribute(self, handle: SlabHandle, supersedes: AdapterRef | None) -> Distributed:
         message = messages.Distribute(handle, tuple(self._joined), supersedes)
         done: Distributed = await self._member.request(message, 2 * self._deadline_s)
+        if done.notice:
+            _log.warning("%s", done.notice)
         return done
 
     def _join_limit_s(self) -> float:

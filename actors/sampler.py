@@ -45,7 +45,7 @@ from weft.transport.messages import (
 )
 
 CANARY_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # nats a scored token between trainer and engine
-_POLL_S = 0.002  # between two looks at a slab that is on its way
+_FIRST_POLL_S, _LAST_POLL_S = 0.0003, 0.01  # between two looks at a slab that is on its way; doubles
 
 
 @dataclass(frozen=True)
@@ -208,11 +208,13 @@ class Sampler:
 
     async def _apply(self, version: Version, deadline_s: float) -> None:
         """Into the engine, as soon as the slab is there."""
+        pause = _FIRST_POLL_S
         try:
             async with asyncio.timeout(deadline_s):
                 # The worker must not wait, and has no way to call back: so it is asked again.
-                while await self._engine.call("slab_install", str(version.ref), version.lora_id) == "pending":  # noqa: ASYNC110
-                    await asyncio.sleep(_POLL_S)
+                while await self._engine.call("slab_install", str(version.ref), version.lora_id) == "pending":
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, _LAST_POLL_S)
         except TimeoutError as error:
             raise InstallError(f"sampler {self._index}: the slab of {version.ref} did not come in {deadline_s} s") from error
         except CallError as error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,6 @@ CLAIMED = ".taken"
 
 @dataclass
 class _Box:
-    number: int
     buffer: Tensor
     address: list[Any]  # what the other process opens it by
     owner: str = ""
@@ -60,7 +60,7 @@ class Boxes:
         box = next((box for box in self._boxes if len(box.buffer) == len(raw) and box.free_for(owner)), None)
         if box is None:
             buffer = torch.empty(len(raw), dtype=torch.uint8, device=self._device)
-            box = _Box(len(self._boxes), buffer, self._export(buffer))
+            box = _Box(buffer, self._export(buffer))
             self._boxes.append(box)
         if self._stream is None:
             box.buffer.copy_(raw)
@@ -71,17 +71,19 @@ class Boxes:
         box.owner, box.file = owner, file
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(".part")
-        part.write_text(json.dumps({"pid": os.getpid(), "box": box.number, "address": box.address}))
+        part.write_text(json.dumps({"pid": os.getpid(), "address": box.address}))
         part.replace(file)
 
 
 class Taker:
-    """The relay's side: boxes of every trainer of this machine, each opened once."""
+    """The relay's side: boxes of every trainer of this machine, each opened once. For any thread."""
 
     def __init__(self, open_box: Callable[[list[Any]], Tensor] | None = None) -> None:
         """open_box: a view of the buffer of an address; by default CUDA's."""
         self._open = open_box or _cuda_view
-        self._views: dict[tuple[int, int], Tensor] = {}
+        self._views: dict[tuple[int, str], Tensor] = {}  # by the trainer's process and the address there
+        self._streams: dict[torch.device, Any] = {}
+        self._one_at_a_time = threading.Lock()
         self.home: torch.device | None = None  # where slabs are kept: the GPU of the first
 
     def take(self, file: Path, nbytes: int) -> Tensor:
@@ -91,27 +93,33 @@ class Taker:
         file.rename(claimed)
         try:
             said = json.loads(claimed.read_text())
-            view = self._view(said["pid"], said["box"], said["address"])
-            if len(view) != nbytes:
-                raise ValueError(f"{file} holds {len(view)} bytes, its handle says {nbytes}")
-            self.home = self.home or view.device
-            if view.device.type == "cpu":
-                return view.clone()
-            stream = torch.cuda.Stream(view.device, priority=-1)  # type: ignore[no-untyped-call]
-            with torch.cuda.device(view.device), torch.cuda.stream(stream):
-                own = torch.empty(nbytes, dtype=torch.uint8, device=self.home)
-                own.copy_(view, non_blocking=True)
-            stream.synchronize()
-            return own
+            with self._one_at_a_time:
+                return self._copy(said, file, nbytes)
         finally:
             claimed.unlink()
 
-    def _view(self, pid: int, box: int, address: list[Any]) -> Tensor:
-        if (pid, box) not in self._views:
-            for key in [key for key in self._views if not Path(f"/proc/{key[0]}").exists()]:
-                del self._views[key]  # a mapping keeps the memory of a trainer that has died
-            self._views[pid, box] = self._open(address)
-        return self._views[pid, box]
+    def _copy(self, said: dict[str, Any], file: Path, nbytes: int) -> Tensor:
+        view = self._view(said["pid"], said["address"])
+        if len(view) != nbytes:
+            raise ValueError(f"{file} holds {len(view)} bytes, its handle says {nbytes}")
+        self.home = self.home or view.device
+        if view.device.type == "cpu":
+            return view.clone()
+        stream = self._streams.get(view.device) or torch.cuda.Stream(view.device, priority=-1)  # type: ignore[no-untyped-call]
+        self._streams[view.device] = stream
+        with torch.cuda.device(view.device), torch.cuda.stream(stream):
+            own = torch.empty(nbytes, dtype=torch.uint8, device=self.home)
+            own.copy_(view, non_blocking=True)
+        stream.synchronize()
+        return own
+
+    def _view(self, pid: int, address: list[Any]) -> Tensor:
+        name = pid, json.dumps(address)
+        if name not in self._views:
+            for other in [other for other in self._views if not Path(f"/proc/{other[0]}").exists()]:
+                del self._views[other]  # a mapping keeps the memory of a trainer that has died
+            self._views[name] = self._open(address)
+        return self._views[name]
 
 
 def _claimed(file: Path) -> Path:

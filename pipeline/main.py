@@ -221,7 +221,8 @@ async def _session(config: Config, console: Console) -> PipelineStatistics:
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup sets
         loop.add_signal_handler(signal.SIGHUP, _end_without_terminal, task, [stream for stream in (1, 2) if os.isatty(stream)])
     sizes = config.cluster
-    console.print(f"starting {sizes.samplers} sampler(s), {sizes.trainers} trainer(s), 1 parameter sync", highlight=False)
+    named = f"{sizes.samplers} sampler(s), {sizes.trainers} trainer(s), 1 parameter sync ({sizes.sync.backend})"
+    console.print(f"starting {named}", highlight=False)
     async with Cluster(sizes, config.run.dir) as cluster:
         loop.add_signal_handler(signal.SIGTERM, task.cancel)  # Ray had put a handler of its own there
         if cluster.dashboard:

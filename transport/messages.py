@@ -304,6 +304,7 @@ class Distributed:
     seconds: float  # from the request to the last acknowledgement
     broadcast_seconds: float
     install_seconds: float
+    notice: str = ""  # of a change that the user should know of, once
 
 
 @dataclass(frozen=True)
