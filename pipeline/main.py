@@ -124,7 +124,8 @@ def _run(config: Config, console: Console) -> int:
     folder = Path(config.run.dir)
     with ExitStack() as held:
         check_output(config.run.dir)
-        if is_run(folder):
+        is_held = is_run(folder)
+        if is_held:
             held.enter_context(hold(folder))
         if not config.run.fresh:
             _check_resume(config)
@@ -133,22 +134,29 @@ def _run(config: Config, console: Console) -> int:
                 return FINISHED
         preflight(config)
         with writing(config.run.dir):
-            _take_folder(config, held, console)
+            _take_folder(config, held, is_held, console)
         statistics = _train(config, console)
         return _close(config, statistics, time.monotonic() - began, console)
 
 
-def _take_folder(config: Config, held: ExitStack, console: Console) -> None:
-    """Make run.dir this run's. What is made here and cannot be written whole is taken away again."""
+def _take_folder(config: Config, held: ExitStack, is_held: bool, console: Console) -> None:
+    """Make run.dir this run's. What is made here and cannot be written whole is taken away again.
+
+    is_held: it was held before the checks, which take their time: another run may have begun there meanwhile.
+    """
     folder = Path(config.run.dir)
+    if not is_held and is_run(folder):
+        held.enter_context(hold(folder))
+        is_held = True
     if config.run.fresh:
         moved = move_aside(folder)
         held.close()
+        is_held = False
         if moved is not None:
             console.print(f"the earlier run is now in {moved}", highlight=False)
     is_new = not folder.exists()
     try:
-        if not is_run(folder):
+        if not is_held:
             held.enter_context(hold(folder, make=True))
         (folder / CONFIG_FILE).write_text(yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True))
         (folder / SUMMARY_FILE).unlink(missing_ok=True)  # of fewer steps
@@ -222,7 +230,7 @@ async def _session(config: Config, console: Console) -> PipelineStatistics:
         loop.add_signal_handler(signal.SIGHUP, _end_without_terminal, task, [stream for stream in (1, 2) if os.isatty(stream)])
     sizes = config.cluster
     named = f"{sizes.samplers} sampler(s), {sizes.trainers} trainer(s), 1 parameter sync ({sizes.sync.backend})"
-    console.print(f"starting {named}", highlight=False)
+    console.print(f"starting {named}: a minute or two", highlight=False)
     async with Cluster(sizes, config.run.dir) as cluster:
         loop.add_signal_handler(signal.SIGTERM, task.cancel)  # Ray had put a handler of its own there
         if cluster.dashboard:

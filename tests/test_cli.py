@@ -9,6 +9,8 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -150,17 +152,37 @@ def test_a_port_in_use_is_refused(capsys: Output) -> None:
         assert f"cluster.dashboard_port={port}: must be free" in refused(capsys, f"cluster.dashboard_port={port}")
 
 
-def test_an_output_folder_that_another_run_uses_is_refused(tmp_path: Path, capsys: Output) -> None:
+@contextmanager
+def another_run() -> Iterator[subprocess.Popen[str]]:
     script = "import sys, time; from pathlib import Path; from weft.pipeline.folder import hold\n"
     script += "with hold(Path('out'), make=True): print('held', flush=True); time.sleep(100)"
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
+        try:
+            yield other
+        finally:
+            other.kill()
+
+
+def test_an_output_folder_that_another_run_uses_is_refused(tmp_path: Path, capsys: Output) -> None:
+    with another_run() as other:
         said = refused(capsys)
         assert f"run.dir='out': must not be in use, and process {other.pid} is running there" in said
-        other.kill()
     with hold(tmp_path / "out"):  # the kernel gave it back
         pass
+
+
+@pytest.mark.parametrize("fresh", ["false", "true"])
+def test_a_run_that_begins_while_another_checks_keeps_its_folder(
+    fresh: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    with ExitStack() as others:
+        monkeypatch.setattr(command, "preflight", lambda config: others.enter_context(another_run()))
+        monkeypatch.setattr(command, "_train", lambda *_: pytest.fail("a second run in one folder"))
+        assert run(f"run.fresh={fresh}") == command.MISTAKE
+        assert "run.dir='out': must not be in use" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_disk_that_takes_no_more_at_the_start_is_one_message_and_leaves_nothing(tmp_path: Path, capsys: Output) -> None:
