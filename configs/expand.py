@@ -18,6 +18,7 @@ from weft.configs.build import SettingError, build, unknown
 from weft.configs.schema import AdapterConfig, ClusterConfig, Config, ModelConfig, RunConfig
 
 SECTIONS = ("run", "model", "cluster", "environment", "template", "adapters", "every", "sweep")
+MAX_WORD = 24  # characters of one swept value in an adapter's name
 FREE = "environment.settings"  # its names belong to the environment's class, which checks them itself
 
 Settings = Mapping[str, Any]
@@ -126,7 +127,7 @@ def _sweep(sweep: Settings, every: Settings) -> list[tuple[str, list[tuple[str, 
         if not values:
             raise SettingError(f"sweep.{path}=[]: must be a list of at least one value")
         short = leaf.rsplit(".", 1)[-1]
-        axes.append([(f"-{short}-{_word(value)}" if len(values) > 1 else "", leaf, value) for value in values])
+        axes.append([(f"-{short}-{word}" if len(values) > 1 else "", leaf, value) for word, value in _words(values)])
     return [
         ("".join(suffix for suffix, _, _ in point), [(leaf, value) for _, leaf, value in point])
         for point in itertools.product(*axes)
@@ -145,12 +146,20 @@ def _resolve(path: str, known: list[str]) -> str:
     raise SettingError(unknown(path, sorted({leaf.rsplit(".", 1)[-1] for leaf in known}), "sweep"))
 
 
+def _words(values: list[Any]) -> Iterator[tuple[str, Any]]:
+    """Each value with its part of an adapter's name: the value itself, or its number where values are long or look alike."""
+    words = [_word(value) for value in values]
+    if len(set(words)) < len(set(map(repr, values))) or max(map(len, words)) > MAX_WORD:
+        words = [str(number) for number in range(1, len(values) + 1)]
+    return zip(words, values, strict=True)
+
+
 def _word(value: Any) -> str:
     """A value as part of a legal adapter name."""
     if isinstance(value, (list, tuple)):
         return "_".join(_word(item) for item in value) or "none"
     text = f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
-    return "".join(c if c.isalnum() or c in "._-" else "_" for c in text)
+    return "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in text)
 
 
 def _flat(settings: Settings, path: str = "") -> dict[str, Any]:

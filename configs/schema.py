@@ -12,6 +12,7 @@ from typing import Any
 
 ALL_LINEAR = "all-linear"
 MAX_RANK = 512
+MAX_NAME = 128  # characters of an adapter's name, which is part of file names
 SCHEDULES = ("constant", "linear", "cosine")
 LOSSES = ("importance_sampling", "ppo", "grpo", "dr_grpo", "cispo", "gspo", "dppo", "decoupled_ppo", "cross_entropy")
 ADVANTAGES = ("auto", "grpo", "dr_grpo", "rloo", "reinforce")
@@ -166,8 +167,9 @@ class AdapterConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
-        plain = bool(self.name) and all(c.isalnum() or c in "._-" for c in self.name) and self.name[0].isalnum()
-        _check(plain, "name", self.name, "letters, digits, '.', '_' and '-', starting with a letter or digit")
+        plain = self.name.isascii() and all(c.isalnum() or c in "._-" for c in self.name) and self.name[:1].isalnum()
+        rule = f"letters a to z, digits, '.', '_' and '-', starting with a letter or digit, at most {MAX_NAME} in all"
+        _check(plain and len(self.name) <= MAX_NAME, "name", self.name, rule)
         _check(self.num_steps >= 0, "num_steps", self.num_steps, "at least 0")
         _check(self.batch_size > 0, "batch_size", self.batch_size, "above 0")
         _check(self.group_size > 0, "group_size", self.group_size, "above 0")

@@ -58,6 +58,13 @@ def test_a_sweep_multiplies_each_adapter() -> None:
     ]
 
 
+def test_values_that_are_long_or_look_alike_are_numbered_in_names() -> None:
+    sweep = {"environment.settings.system": ["x" * 300, "y" * 300], "environment.settings.mark": ["á", "é"]}
+    assert names(adapters={"a": {}}, sweep=sweep) == [
+        f"a-system-{system}-mark-{mark}" for system in (1, 2) for mark in (1, 2)
+    ]
+
+
 def test_a_sweep_of_one_value_sets_it() -> None:
     for value in (3e-4, [3e-4]):
         config = expand({"adapters": {"a": {}}, "sweep": {"learning_rate": value}})
