@@ -59,6 +59,7 @@ async def open_pools(
     """
     cluster = config.cluster
     threads = {"OMP_NUM_THREADS": str(cluster.trainer.num_threads)}
+    sockets = {"VLLM_RPC_BASE_PATH": shared_folder}  # which vLLM leaves behind: they go with the folder
 
     def member(name: str, target: str, arguments: Mapping[str, Any], gpus: float, environment: Mapping[str, str]) -> Member:
         return Member(name, partial(starter.start, name, target, arguments, gpus, environment), connect)
@@ -68,7 +69,7 @@ async def open_pools(
         for index in range(cluster.trainers)
     ]
     samplers = [
-        member(f"sampler-{index}", SAMPLER, sampler_arguments(config, index), cluster.gpus_per_sampler, {})
+        member(f"sampler-{index}", SAMPLER, sampler_arguments(config, index), cluster.gpus_per_sampler, sockets)
         for index in range(cluster.samplers)
     ]
     relay = member("param-sync", PARAM_SYNC, param_sync_arguments(config), 0, {})

@@ -133,7 +133,7 @@ class Metrics:
             return
         self._write(self._events, event_line(event, self.session, at))
         if isinstance(event, Evaluated):
-            values = {"eval/reward": event.reward} | {f"eval/{name}": value for name, value in event.metrics.items()}
+            values = {f"eval/{name}": value for name, value in event.metrics.items()} | {"eval/reward": event.reward}
             self._board(event.adapter).add(None, event.version, values, at)
             self._gauge(values, {"adapter": event.adapter})
         elif isinstance(event, LaunchEnded) and self._statistics is not None:

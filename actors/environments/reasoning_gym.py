@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,7 +70,9 @@ def _question(entry: dict[str, Any]) -> str:
 
 def _make(task: str, settings: dict[str, Any]) -> Any:
     """The library's dataset. Raises ValueError for an unknown task, an unknown setting, or one that the task refuses."""
-    importlib.import_module("reasoning_gym")  # registers the tasks
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # of a library that it imports, said while that is compiled
+        importlib.import_module("reasoning_gym")  # registers the tasks
     known = importlib.import_module("reasoning_gym.factory").DATASETS
     if task not in known:
         raise ValueError(f"task={task!r}: reasoning-gym has none of that name{_hint(task, list(known))}")
