@@ -145,7 +145,8 @@ class Process:
 
 
 class Cluster:
-    """Ray for one run, as an async context manager; at its exit nothing of the run is left: no process, no shared memory.
+    """Ray for one run, as an async context manager; at its exit nothing of the run is left: no process, no shared memory
+    (but of each vLLM engine two kilobytes under the temporary folder and a semaphore of 32 bytes, with names of its own).
 
     `folder` is the output folder: its path names the run, so that a run started again finds and removes what a killed one left.
     Raises SettingError when the cluster has fewer GPUs than the pools ask for, StartError when Ray itself does not start; ends
