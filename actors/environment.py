@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 # As chat templates take it: {"role": "user" | "assistant" | "tool" | "system", "content": str, ...}
 ChatMessage = Mapping[str, Any]
+MAX_REWARD = 1e6  # either way: an advantage beyond it would leave nothing of the adapter's weights
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Reply:
-    """What follows one turn of the model: messages to append (tool outputs, masked from the loss), or the end with a reward."""
+    """What follows one turn of the model: messages to append (tool outputs, masked from the loss), or the end with a reward.
+
+    reward: finite, and at most 1e6 either way. metrics: finite as float32. What is not ends this adapter, as an exception does.
+    """
 
     messages: Sequence[ChatMessage] = ()
     done: bool = False
@@ -35,9 +39,9 @@ class Reply:
 
 @runtime_checkable
 class Environment(Protocol):
-    """One task. Prompts are a function of their index, so a run can be resumed; an exception, or a reply that takes longer
-    than ten minutes, ends this adapter and no other. In each sampler it has a thread and an event loop of its own: while it
-    computes or sleeps without awaiting, its own adapter waits, and no other.
+    """One task. Prompts are a function of their index, so a run can be resumed; an exception, or a prompt or reply that takes
+    longer than ten minutes, ends this adapter and no other. In each sampler it has a thread and an event loop of its own: while
+    it computes or sleeps without awaiting, its own adapter waits, and no other.
 
     An episode that runs out of turns or tokens without `done` gets the reward of its last reply.
     """

@@ -11,23 +11,22 @@ equals a fresh rendering of the conversation.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import math
-import traceback
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from weft.actors.environment import ChatMessage, Environment, Prompt, Reply
+from weft.actors.blame import blamed_on, shown
+from weft.actors.environment import MAX_REWARD, ChatMessage, Environment, Prompt, Reply
 from weft.actors.environment_thread import EnvironmentThread
-from weft.transport.errors import AdapterFault
 from weft.transport.messages import UNSAMPLED, AdapterRef, Sample
 
 _SENTINEL = "weft2718281828sentinel"  # stands for an assistant's words; no template changes it, no user writes it
+_MAX_METRIC = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,16 @@ class Bounds:
 
 
 class Chat:
-    """The chat template of one tokenizer (transformers' PreTrainedTokenizer): messages in, token ids out."""
+    """The chat template of one tokenizer (transformers' PreTrainedTokenizer): messages in, token ids out. For many threads.
 
-    def __init__(self, tokenizer: Any) -> None:
+    max_length: of any sequence. Of a text that cannot fit, only so much is tokenised that it is seen not to: tokens above it.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int | None = None) -> None:
         self._tokenizer = tokenizer
+        # A token stands for no more characters than its own name has, where a byte is a character of the name or more.
+        self._most = None if max_length is None else (max_length + 1) * max(map(len, tokenizer.get_vocab()))
+        self._encode("")  # the first call may set the tokenizer up; from then on it is only read
 
     def prompt(self, prompt: Prompt) -> list[int]:
         """Tokens of the prompt, up to where the model begins to speak."""
@@ -84,7 +89,7 @@ class Chat:
         return str(self._tokenizer.apply_chat_template(list(messages), tools=tools, add_generation_prompt=True, tokenize=False))
 
     def _encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        return list(self._tokenizer.encode(text[: self._most], add_special_tokens=False, verbose=False))
 
 
 @dataclass
@@ -120,6 +125,7 @@ async def run_episode(
 ) -> Sample:
     """Play one rollout to its end. name: the adapter that answers for its environment's faults.
 
+    environment: without a thread of its own it is called here, and has no deadline.
     version: asked once a turn, gives the version to sample under. seed: turn's index -> seed of its sampling.
     Raises AdapterFault for whatever the environment raises. The reward is that of the last reply, done or not.
     """
@@ -136,9 +142,13 @@ async def run_episode(
         tape.sampled(turn, ref.version)
         truncated = truncated or turn.cut
         turns.append({"role": "assistant", "content": turn.text})
-        with blamed_on(name, "its environment's respond"):
-            reply = await _reply(environment, prompt, tuple(turns), bounds.reply_s)
-            delta = [] if reply.done else chat.reply(prompt, reply.messages, tape.tokens[-1])
+        answer = partial(_answer, chat, prompt, tuple(turns), tape.tokens[-1])
+        what = "its environment's respond"
+        if isinstance(environment, EnvironmentThread):
+            reply, delta = await environment.run(what, answer, bounds.reply_s)
+        else:
+            with blamed_on(name, what):
+                reply, delta = await answer(environment)
         metrics.update(reply.metrics)
         if reply.done or index + 1 == bounds.max_turns:
             break
@@ -158,26 +168,16 @@ async def run_episode(
     )
 
 
-async def _reply(
-    environment: Environment | EnvironmentThread, prompt: Prompt, turns: Sequence[ChatMessage], deadline_s: float
-) -> Reply:
-    """What the environment replies, its figures as plain floats. Raises for whatever is no reply."""
-    task = asyncio.current_task()
-    assert task is not None
-    try:
-        async with asyncio.timeout(deadline_s):
-            reply = await environment.respond(prompt, turns)
-    except TimeoutError as error:  # ours says nothing, the environment's own may
-        raise TimeoutError(str(error) or f"no reply within {deadline_s:g} s") from error
-    except asyncio.CancelledError as error:
-        if task.cancelling():  # the rollout is given up
-            raise
-        raise RuntimeError("respond was cancelled from within: something that it awaits was") from error
+async def _answer(
+    chat: Chat, prompt: Prompt, turns: Sequence[ChatMessage], last_token: int, environment: Environment
+) -> tuple[Reply, list[int]]:
+    """What the environment replies, its figures as plain floats, and the tokens of it. Raises for whatever is no reply."""
+    reply = await environment.respond(prompt, turns)
     if not isinstance(reply, Reply):
         raise TypeError(f"respond returned {type(reply).__name__}: must be a Reply")
-    if not math.isfinite(reply.reward):
-        raise ValueError(f"reward={reply.reward!r}: must be a finite number")
-    return replace(reply, reward=float(reply.reward), metrics=_figures(reply.metrics))
+    reward, metrics = _figure("reward", reply.reward, MAX_REWARD), _figures(reply.metrics)
+    reply = replace(reply, messages=tuple(reply.messages), done=bool(reply.done), reward=reward, metrics=metrics)
+    return reply, [] if reply.done else chat.reply(prompt, reply.messages, last_token)
 
 
 def _figures(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -187,23 +187,19 @@ def _figures(metrics: Mapping[str, float]) -> dict[str, float]:
         if not isinstance(key, str):
             raise TypeError(f"metrics have a key {key!r}: must be a string")
         key.encode()  # half a surrogate pair cannot travel
-        try:
-            figures[key] = float(value)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"metrics[{key!r}]={value!r:.80}: must be a number") from error
+        figures[key] = _figure(f"metrics[{key!r}]", value, _MAX_METRIC)
     return figures
 
 
-@contextmanager
-def blamed_on(name: str, what: str) -> Iterator[None]:
-    """Whatever is raised inside is the fault of adapter `name` alone: it becomes an AdapterFault with the traceback."""
+def _figure(what: str, value: Any, most: float) -> float:
+    """A plain float. Raises ValueError for what is none, is not finite, or is above `most` either way."""
     try:
-        yield
-    except AdapterFault:
-        raise
-    except (Exception, SystemExit) as error:  # a user's code may raise anything; sys.exit would end the sampler's event loop
-        kind = type(error).__name__
-        raise AdapterFault(f"{name}: {what} raised {kind}: {error}", kind, traceback.format_exc()) from error
+        figure, finite = float(value), math.isfinite(value)  # the second takes no text
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{what}={shown(value, repr):.80}: must be a number") from error
+    if not finite or abs(figure) > most:
+        raise ValueError(f"{what}={figure!r}: must be a finite number, and at most {most:.3g} either way")
+    return figure
 
 
 def seed_of(*parts: object) -> int:

@@ -17,11 +17,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from weft.actors.blame import blamed_on
 from weft.actors.canary import canary_tokens
-from weft.actors.environment import Prompt
+from weft.actors.environment import Environment, Prompt
 from weft.actors.environment_thread import EnvironmentThread
-from weft.actors.environments.load import load_environment
-from weft.actors.episode import Bounds, Chat, Turn, blamed_on, run_episode, seed_of
+from weft.actors.environments.load import load_environment, num_prompts
+from weft.actors.episode import Bounds, Chat, Turn, run_episode, seed_of
 from weft.actors.leases import Lease, Leases, Version
 from weft.actors.sampler_engine import CallError, Engine, engine_arguments
 from weft.configs.build import build
@@ -92,7 +93,7 @@ class Sampler:
         """Load the model; returns when the engine answers."""
         self.fatal = asyncio.get_running_loop().create_future()
         await self._engine.start()
-        self._chat = Chat(self._engine.tokenizer)
+        self._chat = Chat(self._engine.tokenizer, self._config.max_model_len)
 
     async def aclose(self) -> None:
         """End the engine and its process."""
@@ -140,8 +141,11 @@ class Sampler:
                 # On a thread: importing a library of tasks takes seconds, in which the others' rollouts go on.
                 environment = await asyncio.to_thread(load_environment, config.environment.target, config.environment.settings)
             held = self._adapters[config.name] = _Adapter(config, EnvironmentThread(config.name, environment), message.config)
-        with blamed_on(config.name, "its environment's num_prompts"):
-            return AdapterAdded(num_prompts=held.environment.num_prompts)
+
+        async def count(environment: Environment) -> int | None:
+            return num_prompts(environment)
+
+        return AdapterAdded(num_prompts=await held.environment.run("its environment's num_prompts", count))
 
     async def _drop(self, name: str) -> Done:
         if name in self._adapters:
@@ -249,9 +253,12 @@ class Sampler:
         if adapter is None:
             raise InstallError(f"sampler {self._index} has no adapter {message.ref.name!r}")
         started = time.monotonic()
-        with blamed_on(adapter.config.name, "its environment's prompt"):
-            prompt = await adapter.environment.prompt(message.prompt_index, message.held_out)
-            tokens = self._chat.prompt(prompt)
+
+        async def ask(environment: Environment) -> tuple[Prompt, list[int]]:
+            prompt = environment.prompt(message.prompt_index, message.held_out)
+            return prompt, self._chat.prompt(prompt)
+
+        prompt, tokens = await adapter.environment.run("its environment's prompt", ask)
         self._check_length(adapter.config.name, message.prompt_index, tokens)
         leases = [self._leases.acquire(message.ref) for _ in range(message.group_size)]
         self._count(message.group_size)

@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from weft.actors.adapter_store import AdapterStore
-from weft.actors.episode import blamed_on
+from weft.actors.blame import blamed_on
 from weft.actors.launch import check_batch
 from weft.actors.learner import Adapter, Learner
 from weft.actors.lora import SlabLayout, init_pairs, linear_shapes, resolve_targets

@@ -5,10 +5,13 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import operator
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from weft.actors.blame import shown
 from weft.actors.environment import Environment, Prompt
 
 BUILT_IN = {
@@ -42,9 +45,10 @@ def _import(target: str) -> Any:
         raise ValueError(f"environment.target={target!r}: must be one of {', '.join(BUILT_IN)}, or a dotted path{hint}")
     with _blamed_on(target, f"module {module!r} does not import: "):
         imported = importlib.import_module(module)
-    if not callable(getattr(imported, name, None)):
+        found = getattr(imported, name, None)
+    if not callable(found):
         raise ValueError(f"environment.target={target!r}: module {module!r} has no class {name!r}")
-    return getattr(imported, name)
+    return found
 
 
 def _check_settings(target: str, factory: Any, settings: Mapping[str, Any]) -> None:
@@ -62,6 +66,20 @@ def _check_settings(target: str, factory: Any, settings: Mapping[str, Any]) -> N
             raise ValueError(f"environment.settings.{name} is not set: {target} needs it")
 
 
+def num_prompts(environment: Environment) -> int | None:
+    """The environment's, as a plain int, whatever integer it is. Raises ValueError for what is none, or is not above 0."""
+    count = environment.num_prompts
+    if count is None:
+        return None
+    try:
+        whole = 0 if isinstance(count, bool) else operator.index(count)
+    except TypeError:
+        whole = 0
+    if whole < 1:
+        raise ValueError(f"num_prompts={shown(count, repr)}: must be an integer above 0, or None for endless")
+    return whole
+
+
 def _check_fit(target: str, environment: Any) -> None:
     with _blamed_on(target, "num_prompts raised "):
         lacks = [member for member in MEMBERS if not hasattr(environment, member)]
@@ -70,13 +88,15 @@ def _check_fit(target: str, environment: Any) -> None:
     if not inspect.iscoroutinefunction(environment.respond):
         raise ValueError(f"environment.target={target!r}: respond must be an async function")
     with _blamed_on(target, "num_prompts raised "):
-        count = environment.num_prompts
-    if count is not None and (not isinstance(count, int) or count < 1):
-        raise ValueError(f"environment.target={target!r}: num_prompts={count!r}: must be above 0, or None for endless")
+        environment.num_prompts  # noqa: B018  it may be a property
+    with _blamed_on(target):
+        num_prompts(environment)
     with _blamed_on(target, "prompt(0, False) raised "):
         prompt = environment.prompt(0, False)
-    if not isinstance(prompt, Prompt) or not prompt.messages:
-        raise ValueError(f"environment.target={target!r}: prompt(0, False) returned {prompt!r}: must be a Prompt with messages")
+        fits = isinstance(prompt, Prompt) and len(prompt.messages) > 0
+    if not fits:
+        said = shown(prompt, repr)
+        raise ValueError(f"environment.target={target!r}: prompt(0, False) returned {said}: must be a Prompt with messages")
 
 
 @contextmanager
@@ -84,9 +104,11 @@ def _blamed_on(target: str, what: str = "") -> Iterator[None]:
     """Whatever a user's code raises, a sys.exit() among it, as one ValueError of the target's."""
     try:
         yield
-    except (Exception, SystemExit) as error:  # a user's code may raise anything
+    except BaseException as error:  # a user's code may raise anything
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise  # somebody's Ctrl-C
         raise ValueError(f"environment.target={target!r}: {what}{_say(error)}") from error
 
 
 def _say(error: BaseException) -> str:
-    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return shown(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {shown(error)}"

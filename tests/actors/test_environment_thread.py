@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from weft.actors.base_model import tiny_path
-from weft.actors.environment import Prompt, Reply
+from weft.actors.environment import Environment, Prompt, Reply
 from weft.actors.environment_thread import EnvironmentThread
 from weft.actors.episode import Bounds, Chat, Turn, run_episode
 from weft.transport.errors import AdapterFault
@@ -40,6 +39,13 @@ class Task:
         self.what()
         await asyncio.sleep(0)
         return Reply(done=True, reward=1.0)
+
+
+async def prompt_of(environment: EnvironmentThread) -> Prompt:
+    async def ask(task: Environment) -> Prompt:
+        return task.prompt(0, False)
+
+    return await environment.run("its environment's prompt", ask)
 
 
 async def play(environment: EnvironmentThread, reply_s: float = 60.0) -> Sample:
@@ -81,7 +87,7 @@ def test_a_task_that_never_gives_way_ends_by_its_deadline_while_the_others_go_on
                 assert (await play(lively)).reward == 1.0
             fault = await waiting
         assert fault.kind == "TimeoutError"
-        assert "no reply within 1 s" in str(fault)
+        assert "no answer within 1 s" in str(fault)
         stuck.close()
         lively.close()
 
@@ -92,23 +98,52 @@ def test_a_prompt_that_does_not_come_is_waited_for_beside_the_others(released: t
     async def law() -> None:
         stuck, lively = EnvironmentThread("stuck", Task(lambda: blocks(released))), EnvironmentThread("lively", Task())
         async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
-            waiting = tasks.create_task(stuck.prompt(0, False))
-            assert await lively.prompt(0, False) == PROMPT
+            waiting = tasks.create_task(prompt_of(stuck))
+            assert await prompt_of(lively) == PROMPT
             released.set()
             assert await waiting == PROMPT
 
     asyncio.run(law())
 
 
-def test_sys_exit_in_a_task_is_its_adapters_fault_and_the_thread_goes_on() -> None:
+class Own(BaseException):
+    """A user's own."""
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise SystemExit
+
+
+def raises(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError, Own, Unspeakable])
+def test_whatever_a_task_raises_is_its_adapters_fault_and_the_thread_goes_on(error: type[BaseException]) -> None:
     async def law() -> None:
-        task = Task(lambda: sys.exit(3))
+        task = Task(lambda: raises(error()))
         environment = EnvironmentThread("a", task)
-        fault = await fault_of(play(environment))
-        assert fault.kind == "SystemExit"
+        for call in (play, prompt_of):
+            fault = await fault_of(call(environment))
+            assert fault.kind == error.__name__
         task.what = lambda: None
         assert (await play(environment)).reward == 1.0
         assert len(set(task.loops)) == 1, "what the task keeps may belong to its loop"
+        environment.close()
+
+    asyncio.run(law())
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_a_callback_that_ends_the_tasks_loop_ends_nothing_else(error: type[BaseException]) -> None:
+    async def law() -> None:
+        task = Task()
+        task.what = lambda: task.loops[-1].call_soon(raises, error())
+        environment = EnvironmentThread("a", task)
+        for _ in range(2):
+            assert (await play(environment)).reward == 1.0
+        environment.close()
 
     asyncio.run(law())
 
@@ -116,7 +151,7 @@ def test_sys_exit_in_a_task_is_its_adapters_fault_and_the_thread_goes_on() -> No
 def test_a_closed_one_leaves_no_thread() -> None:
     async def law() -> None:
         environment = EnvironmentThread("closed", Task())
-        await environment.prompt(0, False)
+        await prompt_of(environment)
         (thread,) = (thread for thread in threading.enumerate() if thread.name == "environment of closed")
         environment.close()
         await asyncio.to_thread(thread.join, 10)

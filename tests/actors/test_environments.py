@@ -6,7 +6,9 @@ import json
 import random
 import sys
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +17,7 @@ from weft.actors.environment import Environment, Prompt, Reply
 from weft.actors.environments.answer import extract_answer, last_number
 from weft.actors.environments.arithmetic import evaluate, show
 from weft.actors.environments.calculator import TOOLS, Calculator, parse_calls
-from weft.actors.environments.load import load_environment
+from weft.actors.environments.load import load_environment, num_prompts
 from weft.actors.environments.split import is_held_out
 
 BUILT_IN = [
@@ -327,6 +329,60 @@ class Raises(Riddles):
 def test_a_users_class_is_found_by_its_dotted_path(graders: str) -> None:
     environment = load_environment(f"{graders}.Riddles", {"num_prompts": 5})
     assert isinstance(environment, Environment) and environment.num_prompts == 5
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise KeyboardInterrupt
+
+    __repr__ = __str__
+
+
+class Own(BaseException):
+    """A user's own."""
+
+
+class Falls(Riddles):
+    """Raises what it is told to, where it is told to."""
+
+    def __init__(self, where: str, error: type[BaseException]) -> None:
+        self.where, self.error = where, error
+        self.falls("init")
+
+    def falls(self, where: str) -> None:
+        if where == self.where:
+            raise self.error()
+
+    @property
+    def num_prompts(self) -> int:  # type: ignore[override]
+        self.falls("num_prompts")
+        return 3
+
+    def prompt(self, index: int, held_out: bool) -> Prompt:
+        self.falls("prompt")
+        return super().prompt(index, held_out)
+
+
+@pytest.mark.parametrize("where", ["init", "num_prompts", "prompt"])
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError, Own, Unspeakable])
+def test_whatever_a_users_class_raises_is_said_as_the_targets(graders: str, where: str, error: type[BaseException]) -> None:
+    async def law() -> None:  # on a thread, as in a sampler: on the main one a KeyboardInterrupt is somebody's Ctrl-C
+        with pytest.raises(ValueError, match=f"environment.target='{graders}.Falls': .*{error.__name__}"):
+            await asyncio.to_thread(load_environment, f"{graders}.Falls", {"where": where, "error": error})
+
+    asyncio.run(law())
+
+
+@pytest.mark.parametrize("count", [3, np.int64(3), np.int32(3), np.uint8(3)])
+def test_any_integer_counts_the_prompts(graders: str, count: Any) -> None:
+    found = num_prompts(load_environment(f"{graders}.Riddles", {"num_prompts": count}))
+    assert found == 3 and type(found) is int
+
+
+@pytest.mark.parametrize("count", [0, -1, np.int64(0), True, np.bool_(True), 3.0, "3", Unspeakable()])
+def test_what_counts_no_prompts_is_refused(graders: str, count: Any) -> None:
+    with pytest.raises(ValueError, match="num_prompts=.*: must be an integer above 0"):
+        load_environment(f"{graders}.Riddles", {"num_prompts": count})
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from weft.actors.environment import Prompt, Reply
+from weft.actors.environment import MAX_REWARD, Prompt, Reply
+from weft.actors.environment_thread import EnvironmentThread
 from weft.actors.episode import Bounds, Chat, Turn, run_episode, seed_of
 from weft.transport.codec import decode, encode
 from weft.transport.errors import AdapterFault
@@ -79,6 +81,19 @@ class Scripted:
         return reply
 
 
+class Unspeakable(Exception):
+    """Raises whenever somebody asks what it says."""
+
+    def __str__(self) -> str:
+        raise KeyboardInterrupt
+
+    __repr__ = __str__
+
+
+class Own(BaseException):
+    """A user's own."""
+
+
 class Speaker:
     """A model that says fixed things, each ended by the end-of-turn token unless there is no room for it."""
 
@@ -102,12 +117,16 @@ def play(
     bounds: Bounds | None = None,
     version: Callable[[], AdapterRef] = lambda: REF,
 ) -> Sample:
-    chat = Chat(tokenizer)
     bounds = bounds or Bounds(max_turns=8, max_tokens=64, max_length=2000)
+    chat = Chat(tokenizer, bounds.max_length)
     tokens = chat.prompt(PROMPT)
-    return asyncio.run(
-        run_episode("riddles", environment, PROMPT, tokens, chat, speaker, bounds, version, lambda turn: 100 + turn)
-    )
+    thread = EnvironmentThread("riddles", environment)
+    try:
+        return asyncio.run(
+            run_episode("riddles", thread, PROMPT, tokens, chat, speaker, bounds, version, lambda turn: 100 + turn)
+        )
+    finally:
+        thread.close()
 
 
 def tool(text: str) -> dict[str, str]:
@@ -212,7 +231,17 @@ def test_an_episode_ends_with_its_turns(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize(
     "fault",
-    [RuntimeError("no oven"), Reply(done=True, reward=float("nan")), "a string", SystemExit(3), asyncio.CancelledError()],
+    [
+        RuntimeError("no oven"),
+        "a string",
+        SystemExit(3),
+        KeyboardInterrupt(),
+        GeneratorExit(),
+        StopIteration(),
+        Own(),
+        Unspeakable(),
+        asyncio.CancelledError(),
+    ],
 )
 def test_an_environments_fault_is_its_adapters_alone(tokenizer: Any, fault: Any) -> None:
     with pytest.raises(AdapterFault, match="riddles: its environment's respond raised") as caught:
@@ -220,9 +249,36 @@ def test_an_environments_fault_is_its_adapters_alone(tokenizer: Any, fault: Any)
     assert "Traceback" in caught.value.traceback
 
 
+def test_what_a_fault_says_can_travel(tokenizer: Any) -> None:
+    for error in (ValueError("half \ud800 a pair"), ValueError("x" * 10_000_000), Unspeakable()):
+        with pytest.raises(AdapterFault) as caught:
+            play(tokenizer, Scripted(error), Speaker(tokenizer, "a"))
+        assert len(str(caught.value).encode()) < 100_000
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), 1e39, -2 * MAX_REWARD, 10**400, "1", None])
+def test_a_reward_that_no_step_could_follow_is_its_adapters_fault_alone(tokenizer: Any, reward: Any) -> None:
+    with pytest.raises(AdapterFault, match="riddles: its environment's respond raised ValueError: reward="):
+        play(tokenizer, Scripted(Reply(done=True, reward=reward)), Speaker(tokenizer, "a"))
+    assert play(tokenizer, Scripted(Reply(done=True, reward=-MAX_REWARD)), Speaker(tokenizer, "a")).reward == -MAX_REWARD
+
+
 @pytest.mark.parametrize("done", [True, False])
 @pytest.mark.parametrize(
-    "metrics", [{"why": "wrong"}, {"why": None}, {"why": "\ud800"}, {3: 1.0}, {"many": 10**400}, {"\ud800": 1.0}, None, ["why"]]
+    "metrics",
+    [
+        {"why": "wrong"},
+        {"why": None},
+        {"why": "\ud800"},
+        {3: 1.0},
+        {"many": 10**400},
+        {"many": 1e39},
+        {"many": float("inf")},
+        {"none": float("nan")},
+        {"\ud800": 1.0},
+        None,
+        ["why"],
+    ],
 )
 def test_a_metric_that_is_no_number_is_its_adapters_fault_alone(tokenizer: Any, metrics: Any, done: bool) -> None:
     with pytest.raises(AdapterFault, match="riddles: its environment's respond raised") as caught:
@@ -239,16 +295,64 @@ def test_numbers_of_any_type_travel_as_rewards_and_metrics(tokenizer: Any, one: 
 
 
 def test_a_rollout_that_is_given_up_is_no_fault_of_its_environment(tokenizer: Any) -> None:
+    task: asyncio.Task[Any] | None = None
+
     class Slow(Scripted):
+        async def respond(self, prompt: Prompt, turns: Sequence[Any]) -> Reply:
+            assert task is not None
+            task.get_loop().call_soon_threadsafe(task.cancel)
+            await asyncio.Event().wait()
+            return Reply()
+
+    class Notes(Speaker):
+        async def __call__(self, *asked: Any) -> Turn:
+            nonlocal task
+            task = asyncio.current_task()
+            return await super().__call__(*asked)
+
+    with pytest.raises(asyncio.CancelledError):
+        play(tokenizer, Slow(), Notes(tokenizer, "a"))
+
+
+def test_a_task_that_cancels_itself_is_its_adapters_fault(tokenizer: Any) -> None:
+    class Cancels(Scripted):
         async def respond(self, prompt: Prompt, turns: Sequence[Any]) -> Reply:
             task = asyncio.current_task()
             assert task is not None
-            task.cancel()  # as the rollout's task is, from without
+            task.cancel()
             await asyncio.sleep(0)
             return Reply()
 
-    with pytest.raises(asyncio.CancelledError):
-        play(tokenizer, Slow(), Speaker(tokenizer, "a"))
+    with pytest.raises(AdapterFault, match="respond raised CancelledError"):
+        play(tokenizer, Cancels(), Speaker(tokenizer, "a"))
+
+
+def test_a_huge_reply_ends_its_episode_and_never_costs_the_callers_loop(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+    encode = Chat._encode
+
+    def watched(chat: Chat, text: str) -> list[int]:
+        tokens = encode(chat, text)
+        seen.append((threading.get_ident(), len(tokens)))
+        return tokens
+
+    monkeypatch.setattr(Chat, "_encode", watched)
+    sample = play(tokenizer, Scripted(Reply([tool("4" * 6_000_000)], reward=0.5)), Speaker(tokenizer, "a"))
+    assert sample.truncated and sample.turns == 1 and sample.reward == 0.5
+    thread, tokens = seen[-1]
+    assert thread != threading.get_ident(), "one adapter's text is no other's wait"
+    assert 2000 < tokens < 100_000, "seen not to fit, at the cost of what does"
+
+
+def test_no_text_that_could_fit_is_cut(tokenizer: Any) -> None:
+    longest = max(tokenizer.get_vocab(), key=len)
+    text = longest * 50
+    whole = Prompt([{"role": "user", "content": text}])
+    tokens = Chat(tokenizer).prompt(whole)
+    assert Chat(tokenizer, len(tokens)).prompt(whole) == tokens
+    assert len(Chat(tokenizer, len(tokens) - 1).prompt(whole)) >= len(tokens) - 1, "and what cannot is seen not to"
 
 
 def test_an_environment_that_never_replies_is_its_adapters_fault(tokenizer: Any) -> None:
@@ -257,7 +361,7 @@ def test_an_environment_that_never_replies_is_its_adapters_fault(tokenizer: Any)
             await asyncio.Event().wait()
             return Reply()
 
-    with pytest.raises(AdapterFault, match=r"respond raised TimeoutError: no reply within 0.01 s"):
+    with pytest.raises(AdapterFault, match=r"respond raised TimeoutError: no answer within 0.01 s"):
         play(tokenizer, Silent(), Speaker(tokenizer, "a"), Bounds(8, 64, 2000, reply_s=0.01))
 
 
