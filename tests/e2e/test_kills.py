@@ -60,10 +60,12 @@ def test_a_killed_driver_goes_on_from_its_checkpoints_and_leaves_no_process(weft
     assert not alive, [process.cmdline() for process in alive]
     adapters_ = again.summary()["adapters"]
     assert {name: adapter["version"] for name, adapter in adapters_.items()} == dict.fromkeys(NAMES, STEPS)
+    assert len(again.steps()) > steps_before, "it was killed in the middle"
     for name in NAMES:
         redone = [step["step"] for step in again.steps()[steps_before:] if step["adapter"] == name]
-        assert redone == list(range(redone[0], STEPS + 1))
-        assert redone[0] > before[name] - 2, "at most checkpoint_every - 1 steps are taken again"
+        first = STEPS + 1 - len(redone)  # a quick adapter may have none left
+        assert redone == list(range(first, STEPS + 1))
+        assert first > before[name] - 2, "at most checkpoint_every - 1 steps are taken again"
         assert adapters_[name]["eval_base"] is not None, "known from before the kill"
 
 
