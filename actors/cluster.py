@@ -258,7 +258,7 @@ class Cluster:
             self._stop_ray()
             try:
                 self._init_ray()
-            except Exception as again:
+            except Exception as again:  # the same bare one
                 raise StartError(f"Ray did not start: {again}") from again
 
     def _init_ray(self) -> None:
