@@ -56,11 +56,12 @@ def near(left: Tensor, right: Tensor, relative: float) -> bool:
 
 
 def test_adapters_of_different_shape_and_loss_trained_together_equal_each_alone(make: Make, batch: MakeBatch) -> None:
-    together = make(*MIXED)
-    together.perturb(*(config.name for config in MIXED))
-    batches = [batch(config.name) for config in MIXED]
+    eight = (*MIXED, *(replace(config, name=f"{config.name}-on-policy", max_staleness=0) for config in MIXED))
+    together = make(*eight)
+    together.perturb(*(config.name for config in eight))
+    batches = [batch(config.name) for config in eight]
     joint = together.ask(messages.ForwardBackward(tuple(batches))).results
-    for config, one, result in zip(MIXED, batches, joint, strict=True):
+    for config, one, result in zip(eight, batches, joint, strict=True):
         alone = make(config)
         alone.perturb(config.name)
         (solo,) = alone.ask(messages.ForwardBackward((one,))).results
