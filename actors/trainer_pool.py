@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from weft.actors.member import Member, all_ready, statistics_of
@@ -114,7 +115,7 @@ class TrainerPool:
         """One launch of adapters that have one place."""
         (home,) = {self._home[batch.ref.name] for batch in batches}
         results: StepResults = await home.request(messages.TrainStep(tuple(batches)))
-        return results
+        return replace(results, trainer=self._members.index(home.member))
 
     async def save(self, ref: AdapterRef, folder: str) -> Saved:
         saved: Saved = await self._home[ref.name].request(messages.Save(ref, folder))

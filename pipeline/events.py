@@ -5,8 +5,10 @@ be quick and must not wait; what it raises ends the run (an observer is code of 
 began, of the pipeline's clock. Nothing here can change the pipeline.
 
     PhaseChanged        an adapter goes on to another phase           (the table, the timeline)
+    RolloutsChanged     more or fewer of them are on the samplers     (the trace; in no file else, for there are many)
     GroupSampled        the siblings of one prompt are complete       (throughput of the samplers)
     LaunchEnded         one trainer launch, shared by some adapters   (throughput of the trainer)
+    Synced              every sampler that needs a version has it     (the trace)
     StepTaken           one optimizer step, installed everywhere      (the JSONL line, TensorBoard, Prometheus)
     Evaluated           held-out prompts, before or after training
     CheckpointWritten   a state that survives `kill -9`
@@ -45,9 +47,23 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True)
 class PhaseChanged:
+    """lineage, version: as the phase begins."""
+
     time: float
     adapter: str
     phase: Phase
+    lineage: int = 0
+    version: int = 0
+
+
+@dataclass(frozen=True)
+class RolloutsChanged:
+    """in_flight: rollouts of this adapter on the samplers from now on; total: of all adapters."""
+
+    time: float
+    adapter: str
+    in_flight: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -66,11 +82,26 @@ class GroupSampled:
 
 @dataclass(frozen=True)
 class LaunchEnded:
-    """One fused trainer step. seconds: from launch to reply; tokens: packed tokens by adapter."""
+    """One fused step of one trainer. seconds: from launch to reply; tokens: packed tokens by adapter."""
 
     time: float
     seconds: float
     tokens: Mapping[str, int]
+    trainer: int = 0
+
+
+@dataclass(frozen=True)
+class Synced:
+    """One version is installed. seconds: from publishing to the last acknowledgement; of that in the broadcast of the slab,
+    and in the installs (the slowest sampler's)."""
+
+    time: float
+    adapter: str
+    lineage: int
+    version: int
+    seconds: float
+    broadcast_seconds: float
+    install_seconds: float
 
 
 @dataclass(frozen=True)
@@ -147,7 +178,18 @@ class Warned:
     message: str
 
 
-Event = PhaseChanged | GroupSampled | LaunchEnded | StepTaken | Evaluated | CheckpointWritten | AdapterFailed | Warned
+Event = (
+    PhaseChanged
+    | RolloutsChanged
+    | GroupSampled
+    | LaunchEnded
+    | Synced
+    | StepTaken
+    | Evaluated
+    | CheckpointWritten
+    | AdapterFailed
+    | Warned
+)
 Observer = Callable[[Event], None]
 
 

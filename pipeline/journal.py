@@ -17,12 +17,14 @@ from weft.pipeline.events import (
     Observer,
     Phase,
     PhaseChanged,
+    RolloutsChanged,
     StepTaken,
+    Synced,
     Warned,
 )
 from weft.pipeline.schedule import Stepped
 from weft.pipeline.staleness import oldest_version
-from weft.transport.messages import Group
+from weft.transport.messages import Distributed, Group
 
 MAX_WARNINGS = 1_000
 
@@ -52,7 +54,7 @@ class Journal:
 
     def note_phase(self, adapter: Adapter) -> None:
         """Say which phase the adapter is in."""
-        self.tell(PhaseChanged(self.now(), adapter.name, adapter.phase))
+        self.tell(PhaseChanged(self.now(), adapter.name, adapter.phase, adapter.ref.lineage, adapter.version))
 
     def warn(self, adapter: str, message: str) -> None:
         """Say what the user should know."""
@@ -64,9 +66,20 @@ class Journal:
         if (f"{adapter}: {message}" if adapter else message) not in self._warnings:
             self.warn(adapter, message)
 
-    def launch_ended(self, seconds: float, tokens: Mapping[str, int]) -> None:
+    def launch_ended(self, trainer: int, seconds: float, tokens: Mapping[str, int]) -> None:
         """Say that a trainer launch ended."""
-        self.tell(LaunchEnded(self.now(), seconds, tokens))
+        self.tell(LaunchEnded(self.now(), seconds, tokens, trainer))
+
+    def rollouts_changed(self, name: str, in_flight: int, total: int) -> None:
+        """Say how many rollouts are on the samplers."""
+        self.tell(RolloutsChanged(self.now(), name, in_flight, total))
+
+    def synced(self, adapter: Adapter, began: float, done: Distributed) -> float:
+        """Say that the adapter's version is installed; returns the seconds that took since `began`."""
+        ref, now = adapter.ref, self.now()
+        parts = (now - began, done.broadcast_seconds, done.install_seconds)
+        self.tell(Synced(now, ref.name, ref.lineage, ref.version, *parts))
+        return now - began
 
     def group_sampled(self, adapter: Adapter, group: Group, began: float, held_out: bool) -> None:
         """Say that a group left its sampler."""

@@ -6,7 +6,7 @@
 In `folder`:
     metrics.jsonl         one line a step, appended; a step redone after a rollback or a resume has the same adapter and step,
                           and a later line (and, after a rollback or restore, a higher lineage): the last one counts
-    events.jsonl          one line for each other event: phases, groups, launches, evaluations, failures, warnings; each
+    events.jsonl          one line for each other event: phases, groups, launches, syncs, evaluations, failures, warnings; each
                           session (the run, started again) opens with {"event": "Session", ...}
     tensorboard/<adapter>/events.out.tfevents.*
 Names are those of the field: reward/mean, staleness/max, tokens/trained, loss, grad_norm, kl, entropy, logprob_diff,
@@ -31,7 +31,7 @@ from tensorboard.compat.proto.event_pb2 import SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from weft.pipeline.events import Evaluated, Event, LaunchEnded, PipelineStatistics, StepTaken
+from weft.pipeline.events import Evaluated, Event, LaunchEnded, PipelineStatistics, RolloutsChanged, StepTaken
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
@@ -123,6 +123,8 @@ class Metrics:
         self._write(self._events, {"event": "Session", "session": self.session, "at": clock(), "pid": os.getpid()})
 
     def __call__(self, event: Event) -> None:
+        if isinstance(event, RolloutsChanged):
+            return
         at = self._clock()
         if isinstance(event, StepTaken):
             self._write(self._steps, step_line(event, self.session, at))

@@ -67,7 +67,7 @@ class Pipeline:
         self._tasks = asyncio.TaskGroup()
         self._journal = Journal(observers, clock)
         self._recovery = Recovery(settings, pools.trainers, self._journal)
-        self._share = FairShare(lambda: pools.samplers.capacity, clock)
+        self._share = FairShare(lambda: pools.samplers.capacity, clock, self._journal.rollouts_changed)
         self._rollouts = Rollouts(pools.samplers, self._share, self._journal)
         self._steps = StepScheduler(pools.trainers, trainer.token_budget, self._tasks, clock, self._journal.launch_ended)
 
@@ -190,9 +190,9 @@ class Pipeline:
     async def _publish(self, adapter: Adapter) -> float:
         """Returns when every sampler has the adapter's version, with the seconds that took; new rollouts start with it."""
         began = self._enter(adapter, Phase.SYNCING)
-        await self._pools.sync.publish(adapter.ref, adapter.installed)
+        done = await self._pools.sync.publish(adapter.ref, adapter.installed)
         adapter.installed = adapter.ref
-        return self._journal.now() - began
+        return self._journal.synced(adapter, began, done)
 
     async def _evaluate(self, adapter: Adapter, final: bool) -> None:
         if not adapter.config.eval_prompts:

@@ -67,8 +67,15 @@ class FairShare:
     the engine queues these itself, and a large group is never starved by small ones.
     """
 
-    def __init__(self, capacity: Callable[[], int], clock: Clock) -> None:
+    def __init__(
+        self,
+        capacity: Callable[[], int],
+        clock: Clock,
+        on_change: Callable[[str, int, int], None] = lambda name, in_flight, total: None,
+    ) -> None:
+        """on_change: told an adapter's rollouts in flight, and those of all, whenever they change."""
         self._capacity = capacity
+        self._on_change = on_change
         self._meter = LoadMeter(clock)
         self._waiting: dict[str, list[_Waiter]] = {}  # of each adapter, by ticket
         self._in_flight: Counter[str] = Counter()
@@ -116,11 +123,13 @@ class FairShare:
             if not waiter.granted.cancelled():
                 self._in_flight[name] += waiter.rollouts
                 self._meter.change(waiter.rollouts, self._capacity())
+                self._on_change(name, self._in_flight[name], self._meter.in_flight)
                 waiter.granted.set_result(None)
 
     def _give_back(self, name: str, rollouts: int) -> None:
         self._meter.change(-rollouts, self._capacity())
         self._in_flight[name] -= rollouts
+        self._on_change(name, self._in_flight[name], self._meter.in_flight)
         if not self._in_flight[name]:
             del self._in_flight[name]
         self._grant()
@@ -163,8 +172,9 @@ class StepScheduler:
         token_budget: int,
         tasks: asyncio.TaskGroup,
         clock: Clock,
-        on_end: Callable[[float, Mapping[str, int]], None] = lambda seconds, tokens: None,
+        on_end: Callable[[int, float, Mapping[str, int]], None] = lambda trainer, seconds, tokens: None,
     ) -> None:
+        """on_end: told of each launch which trainer ran it, its seconds, and the packed tokens of each adapter."""
         self._trainers = trainers
         self._token_budget = token_budget
         self._tasks = tasks
@@ -241,4 +251,5 @@ class StepScheduler:
             if not submission.stepped.done():  # else: cancelled on the way
                 result = by_name[submission.batch.ref.name]
                 submission.stepped.set_result(Stepped(result, began - submission.submitted, seconds))
-        self._on_end(seconds, {submission.batch.ref.name: len(submission.batch.tokens) for submission in chosen})
+        tokens = {submission.batch.ref.name: len(submission.batch.tokens) for submission in chosen}
+        self._on_end(results.trainer, seconds, tokens)

@@ -223,6 +223,7 @@ class StepResult:
 class StepResults:
     results: tuple[StepResult, ...]
     seconds: float
+    trainer: int = 0  # which made them; its pool says so
 
 
 @dataclass(frozen=True)
