@@ -41,6 +41,7 @@ from weft.actors.lora import SlabLayout, init_pairs, linear_shapes, resolve_targ
 from weft.actors.model import load_model, read_config
 from weft.actors.peft_folder import read_peft_folder, write_peft_folder
 from weft.actors.slab_ipc import Boxes
+from weft.actors.warm_up import WarmUp
 from weft.configs.build import build
 from weft.configs.schema import AdapterConfig, TrainerConfig
 from weft.transport import messages
@@ -64,10 +65,11 @@ class Trainer:
         device: str = "cpu",
         base_precision: str = "full",
         shares_device: bool = False,
+        ranks: Collection[int] = (),
     ) -> None:
         """folder: of the store's disk tier, this trainer's own; emptied at the start. slab_folder: where published slabs are
         written, best in shared memory; whoever takes a slab removes its file. shares_device: slabs stay on the GPU, and the
-        file says where."""
+        file says where. ranks: that are known to come; what they need compiled is compiled at the start."""
         self._model_folder, self._dtype = Path(model_folder), getattr(torch, model_dtype)
         self._base_precision, self._config = base_precision, config
         self._folder, self._slab_folder = Path(folder), Path(slab_folder)
@@ -80,7 +82,9 @@ class Trainer:
         self._state = ThreadPoolExecutor(1, "weft-state", initializer=functools.partial(_own_stream, self._device))
         self._adapters: dict[str, Adapter] = {}
         self._boxes = Boxes(self._device) if shares_device else None
+        self._ranks = ranks
         self._shapes = linear_shapes(read_config(self._model_folder))
+        self._warm_up: WarmUp | None = None
         self._slabs_written = self._steps = self._tokens_trained = 0
         self._busy_seconds = 0.0
         training: dict[type, Callable[[Any], Any]] = {
@@ -110,8 +114,13 @@ class Trainer:
         if isinstance(message, messages.GetStatistics):
             return self._statistics()
         assert type(message) in self._calls, f"no message to a trainer: {type(message).__name__}"
+        loop = asyncio.get_running_loop()
+        if isinstance(message, messages.AddAdapter) and self._warm_up is not None:
+            ranks = [build(AdapterConfig, message.config).lora.rank]
+            if self._warm_up.lacks(ranks):
+                await loop.run_in_executor(self._training, self._warm_up.run, ranks)
         thread, call = self._calls[type(message)]
-        return await asyncio.get_running_loop().run_in_executor(thread, call, message)
+        return await loop.run_in_executor(thread, call, message)
 
     async def aclose(self) -> None:
         """Ends after what is being computed; the disk tier is removed."""
@@ -127,6 +136,9 @@ class Trainer:
         decoder.use_fp8(self._base_precision == "fp8")
         self._learner = Learner(decoder, self._store, self._device, self._config.token_budget)
         self._vocab_size = decoder.head.shape[0]
+        if self._device.type == "cuda":  # nothing else is compiled
+            self._warm_up = WarmUp(self._learner, self._store, self._shapes, self._dtype.itemsize)
+            self._warm_up.run(self._ranks)
 
     def _statistics(self) -> messages.TrainerStatistics:
         tiers = self._store.statistics()

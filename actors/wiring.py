@@ -127,6 +127,7 @@ def trainer_arguments(config: Config, index: int, shared_folder: str) -> dict[st
         "slab_folder": shared_folder,
         "device": "cuda" if config.cluster.gpus_per_trainer else "cpu",
         "shares_device": config.cluster.sync.backend != "gloo",
+        "ranks": sorted({adapter.lora.rank for adapter in config.adapters}),
     }
 
 

@@ -24,6 +24,7 @@ def token_logprobs(
     assert hidden.shape[0] == targets.shape[0] == temperature.shape[0], "one target and one temperature per position"
     assert not head.requires_grad, "the head is frozen: it would get no gradient here"
     chunk = max(1, chunk_elements // head.shape[0])
+    chunk -= chunk % 16 if chunk > 16 else 0  # a kernel is compiled anew for pointers to anywhere else
     differentiable = torch.is_grad_enabled() and hidden.requires_grad
     logprobs, entropy = _TokenLogprobs.apply(hidden, head, targets, temperature.float(), chunk, differentiable)
     return logprobs, entropy

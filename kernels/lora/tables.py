@@ -19,6 +19,7 @@ from torch import Tensor
 TILE = 128  # tokens of one program in shrink and expand
 CHUNK = 2048  # tokens that one program of outer sums; an adapter with more has its sums added up by a second kernel
 RANK_BLOCKS = (16, 32, 64, 128)  # ranks are padded to one of these, within registers alone
+ALIGNED = 4  # int32 in 16 bytes
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def build_tables(
     wide = np.concatenate([*arrays, *columns])
     placed = _place(groups, wide, count, ranks, item_bytes)
     host: list[NDArray[np.int32]] = []
-    marks = [_class_arrays(block, offsets, ranks, host) for block in sorted({_block(rank) for rank in ranks})]
+    marks = [_class_arrays(block, offsets, ranks, host) for block in sorted({rank_block(rank) for rank in ranks})]
     rank_at, flag_at = _append(host, np.asarray(ranks)), _append(host, np.asarray(accumulate))
     narrow = _upload(np.concatenate(host), device)
     whole = _upload(wide, device)
@@ -129,11 +130,11 @@ def _place(
 ) -> list[Group]:
     sizes = [len(group.widths) * count for group in groups]
     at, column_at = 0, 4 * sum(sizes)
-    even = not (wide[:column_at] % 16).any() and not any(rank * item_bytes % 16 for rank in ranks)
+    placed_evenly = not (wide[:column_at] % 16).any() and all(even(rank, item_bytes) for rank in ranks)
     placed = []
     for group, size in zip(groups, sizes, strict=True):
         first = {name: at + index * size for index, name in enumerate(("a", "b", "grad_a", "grad_b"))} | {"columns": column_at}
-        aligned = even and not any(width * item_bytes % 16 for width in (group.in_features, *group.widths))
+        aligned = placed_evenly and not any(width * item_bytes % 16 for width in (group.in_features, *group.widths))
         touched, trains = wide[at : at + size].any(), wide[at + 2 * size : at + 3 * size].any()
         align = 16 if aligned else item_bytes
         placed.append(Group(group.in_features, group.widths, first, align, bool(touched), bool(trains)))
@@ -142,8 +143,14 @@ def _place(
     return placed
 
 
-def _block(rank: int) -> int:
+def rank_block(rank: int) -> int:
+    """What a rank is padded to."""
     return next(block for block in RANK_BLOCKS if rank <= block)
+
+
+def even(rank: int, item_bytes: int) -> bool:
+    """Whether rows of this many weights keep every matrix at a multiple of 16 bytes."""
+    return rank * item_bytes % 16 == 0
 
 
 def _class_arrays(block: int, offsets: Sequence[int], ranks: Sequence[int], host: list[NDArray[np.int32]]) -> tuple[Any, ...]:
@@ -151,7 +158,7 @@ def _class_arrays(block: int, offsets: Sequence[int], ranks: Sequence[int], host
     tiles, chunks, sums, slots = [], [], [], 0
     for n, rank in enumerate(ranks):
         start, stop = offsets[n], offsets[n + 1]
-        if _block(rank) != block or stop <= start:
+        if rank_block(rank) != block or stop <= start:
             continue
         tiles += [(n, at, min(at + TILE, stop)) for at in range(start, stop, TILE)]
         own = [(n, at, min(at + CHUNK, stop)) for at in range(start, stop, CHUNK)]
@@ -166,8 +173,9 @@ def _class_arrays(block: int, offsets: Sequence[int], ranks: Sequence[int], host
 
 
 def _append(host: list[NDArray[np.int32]], rows: NDArray[Any]) -> tuple[int, int]:
+    """Its place. Each begins at a multiple of 16 bytes, for a kernel is compiled anew for a pointer that does not."""
     start = sum(len(array) for array in host)
-    host.append(rows.astype(np.int32))
+    host.append(np.pad(rows.astype(np.int32), (0, -rows.size % ALIGNED)))
     return start, start + rows.size
 
 

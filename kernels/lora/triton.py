@@ -16,6 +16,7 @@ from torch import Tensor
 
 from weft.kernels.lora.tables import TILE, Group, Tables
 
+ROW = 16  # columns that divide the width of `low`
 WIDEST_SHARED = 128  # rows of all parts that one program of shrink or outer holds; beyond it each part reads for itself
 SUMMED = 32  # columns of one program that adds up chunks: few read little each, and wait
 EXPAND = {"BLOCK_T": 64, "BLOCK_O": 128, "SPAN": 4, "num_warps": 4, "num_stages": 2}  # best of eleven (bench_lora.py, H200)
@@ -24,11 +25,12 @@ EXPAND = {"BLOCK_T": 64, "BLOCK_O": 128, "SPAN": 4, "num_warps": 4, "num_stages"
 def shrink(
     x: Tensor, tables: Tables, group: Group, kind: str, scales: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """kind "a": s x A^T of every part; "b": s dY_p B_p of each part. -> [T, P * widest rank], part p of an adapter of rank R in
-    columns p R to (p + 1) R; the rest, and rows without adapter, are left unwritten. scales [T, 1]: of the rows of an x in FP8;
-    dtype is then the adapters'."""
+    """kind "a": s x A^T of every part; "b": s dY_p B_p of each part. -> [T, at least P * widest rank], part p of an adapter of
+    rank R in columns p R to (p + 1) R; the rest, and rows without adapter, are left unwritten. scales [T, 1]: of the rows of an
+    x in FP8; dtype is then the adapters'."""
     parts, shared = len(group.widths), kind == "a"
-    low = torch.empty(x.shape[0], parts * tables.max_rank, dtype=dtype or x.dtype, device=x.device)
+    width = triton.cdiv(parts * tables.max_rank, ROW) * ROW  # whatever the ranks: kernels are compiled for such strides alone
+    low = torch.empty(x.shape[0], width, dtype=dtype or x.dtype, device=x.device)
     for own in tables.classes:
         together = parts if shared and parts * own.block <= WIDEST_SHARED else 1
         block_r = triton.next_power_of_2(together * own.block)

@@ -18,6 +18,7 @@ from weft.kernels.optim.reference import CLIP_EPS, SlabStep
 
 BLOCK, WARPS = 1024, 8  # elements and warps of one program of the update: best of eight (bench_optim.py, H200)
 SPAN = 1 << 18  # elements whose squares one program sums
+SPANS = 256  # sums that one program adds at a time: fixed, so that adapters of any size share a compilation
 FIELDS = 8  # numbers of a rule, of a row of addresses
 
 
@@ -43,7 +44,7 @@ def adamw_steps(steps: Sequence[SlabStep]) -> Tensor:
     norms = torch.empty(len(steps), dtype=torch.float32, device=device)
     grad, weights = steps[0].grad, steps[0].weights
     _squares[(spans, len(steps))](places_there, partial, grad, SPAN=SPAN, BLOCK=4096, FIELDS=FIELDS, num_warps=8)
-    _norms[(len(steps),)](partial, norms, spans, BLOCK=triton.next_power_of_2(spans), num_warps=4)
+    _norms[(len(steps),)](partial, norms, spans, BLOCK=SPANS, num_warps=4)
     _update[(triton.cdiv(largest, BLOCK), len(steps))](
         places_there, rules_there, norms, grad, weights, CLIP_EPS=CLIP_EPS, BLOCK=BLOCK, FIELDS=FIELDS, num_warps=WARPS
     )
@@ -75,11 +76,13 @@ def _squares(places, partial, grad_like, SPAN: tl.constexpr, BLOCK: tl.constexpr
     tl.store(partial + n * tl.num_programs(0) + span, tl.sum(sums, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["spans"])
 def _norms(partial, norms, spans, BLOCK: tl.constexpr):
-    c = tl.arange(0, BLOCK)
-    value = tl.load(partial + tl.program_id(0) * spans + c, mask=c < spans, other=0.0)
-    tl.store(norms + tl.program_id(0), tl.sqrt(tl.sum(value, 0)))
+    total = tl.zeros((BLOCK,), tl.float32)
+    for at in range(0, spans, BLOCK):
+        c = at + tl.arange(0, BLOCK)
+        total += tl.load(partial + tl.program_id(0) * spans + c, mask=c < spans, other=0.0)
+    tl.store(norms + tl.program_id(0), tl.sqrt(tl.sum(total, 0)))
 
 
 @triton.jit
