@@ -42,6 +42,7 @@ from weft.pipeline.report import write_report
 from weft.pipeline.run import Pipeline, leaves
 from weft.pipeline.summary import print_closing, summarize, write_summary
 from weft.pipeline.table import make_table
+from weft.pipeline.trace import TRACE_FILE, Trace
 from weft.transport.errors import CheckpointError, WeftError
 
 if TYPE_CHECKING:
@@ -259,10 +260,11 @@ async def _watch(config: Config, pools: Pools, dashboard: str, gauges: RayMetric
 
     with (
         Metrics(config.run.dir, record=gauges.record, statistics=statistics) as metrics,
+        Trace(Path(config.run.dir) / TRACE_FILE) as trace,
         ExitStack() as shown,
     ):
         table = make_table(config.run.table, statistics, title=config.model.path, dashboard=dashboard, console=console)
-        pipeline = Pipeline(config.run, config.cluster.trainer, pools, observers=(metrics, table))
+        pipeline = Pipeline(config.run, config.cluster.trainer, pools, observers=(metrics, trace, table))
         shown.enter_context(table)
         async with asyncio.TaskGroup() as tasks:
             drawing = tasks.create_task(table.run())
