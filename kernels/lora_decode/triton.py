@@ -235,11 +235,8 @@ def _expand(
         i = start + tl.arange(0, BLOCK_T)
         t = tl.load(table + tokens_at + i, mask=i < stop, other=0)
         there = j < rank
-        low = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-        sums_at = sums + i[:, None] * (PARTS * RANK) + (part * RANK + j)[None, :]
-        for chunk in tl.static_range(CHUNKS):
-            at = sums_at + (chunk * tokens).to(tl.int64) * (PARTS * RANK)
-            low += tl.load(at, mask=(i < stop)[:, None] & there[None, :], other=0.0)
+        sums_at = sums + i[:, None] * (PARTS * RANK) + part * RANK
+        low = _summed(sums_at, i < stop, rank, tokens, CHUNKS, PARTS * RANK, BLOCK_T, BLOCK_R)
         rows = (low * scale).to(b.dtype.element_ty)
         stay = tl.minimum(within + end - item, last)
         b_at = b + tl.multiple_of(gap, 8) + (slot * width) * RANK
@@ -254,6 +251,19 @@ def _expand(
                 total += tl.load(y_at, mask=held, other=0.0).to(tl.float32)
             tl.store(y_at, total.to(y.dtype.element_ty), mask=held)
         item += stay - within
+
+
+@triton.jit
+def _summed(
+    sums_at, held, rank, tokens, CHUNKS: tl.constexpr, ROW: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr
+):  # fmt: skip
+    """The sum over the chunks of a tile's sums. ROW: elements of one token."""
+    j = tl.arange(0, BLOCK_R)
+    total = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        at = sums_at + (chunk * tokens).to(tl.int64) * ROW + j[None, :]
+        total += tl.load(at, mask=held[:, None] & (j < rank)[None, :], other=0.0)
+    return total
 
 
 @triton.jit
