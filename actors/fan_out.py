@@ -25,6 +25,7 @@ from weft.transport.errors import DeadlineError, InstallError, PeerDiedError, Re
 from weft.transport.messages import AdapterRef, GetStatistics, Install, Receive, SlabHandle
 
 T = TypeVar("T")
+Slab = Callable[[], torch.Tensor]  # gives the bytes, uint8 [nbytes], on whatever thread it is called; again when called again
 ROUNDS = 3  # broadcasts of one slab that may fail before it has failed
 MAX_GROUPS = 4  # kept for the sets of samplers seen last
 _log = logging.getLogger(__name__)
@@ -112,8 +113,8 @@ class FanOut:
         self.notice = ""  # what the user should know, until somebody has told him
         self.home = torch.device("cuda", max(torch.cuda.device_count() - 1, 0))  # for slabs that come from the host
 
-    async def send(self, handle: SlabHandle, slab: torch.Tensor, peers: Sequence[Peer]) -> Times:
-        """Returns when every peer that is still serving has installed the slab (uint8 [nbytes]).
+    async def send(self, handle: SlabHandle, slab: Slab, peers: Sequence[Peer]) -> Times:
+        """Returns when every peer that is still serving has installed the slab. It is announced before it is asked for.
 
         Raises InstallError naming the samplers that refuse it; RendezvousError, PeerDiedError or DeadlineError when
         ROUNDS broadcasts have failed: over NCCL, and then, if the configuration allows it, through the host too. A broadcast
@@ -159,7 +160,7 @@ class FanOut:
     def _waits(self, peer: Peer, ref: AdapterRef) -> bool:
         return peer.serving and peer.installed.get(ref.name) != ref
 
-    async def _round(self, handle: SlabHandle, slab: torch.Tensor, peers: list[Peer], times: Times) -> dict[Peer, WeftError]:
+    async def _round(self, handle: SlabHandle, slab: Slab, peers: list[Peer], times: Times) -> dict[Peer, WeftError]:
         """Why each that refuses it does. Raises when a peer died or the broadcast failed: those that still wait are asked
         again, since the dead one may have been between the root and these."""
         async with self._turn:
@@ -175,7 +176,7 @@ class FanOut:
         return errors
 
     async def _announce_and_broadcast(
-        self, handle: SlabHandle, slab: torch.Tensor, group: _Group, times: Times
+        self, handle: SlabHandle, slab: Slab, group: _Group, times: Times
     ) -> dict[Peer, WeftError]:
         """Why those that cannot receive it cannot. The broadcast begins at once, and meets those that have been told of it."""
         started = time.monotonic()
@@ -184,7 +185,7 @@ class FanOut:
         async def broadcast() -> None:
             nonlocal failure
             try:
-                await asyncio.to_thread(group.link.broadcast, self._placed(slab))
+                await asyncio.to_thread(lambda: group.link.broadcast(self._placed(slab())))
             except WeftError as error:  # raised below, unless it is that the group was ended: a TaskGroup would wrap it
                 failure = error
 
@@ -198,7 +199,7 @@ class FanOut:
         if failure is not None:
             raise failure
         times.broadcast += time.monotonic() - started
-        self.bytes_sent += slab.nbytes * len(group.peers)
+        self.bytes_sent += handle.nbytes * len(group.peers)
         return {}
 
     async def _install(self, ref: AdapterRef, peers: list[Peer], times: Times) -> dict[Peer, WeftError]:

@@ -1,6 +1,6 @@
 """The relay: takes one slab from a trainer, sends it to the samplers that need it, answers when all of them have installed it.
 
-    Distribute ──> take the slab (the trainer goes on) ──> fan_out.py ──> every sampler has installed it: it is the newest
+    Distribute ──> fan_out.py, which takes the slab (the trainer goes on) ──> every sampler has installed it: it is the newest
                ──> Retire(supersedes) ──> Distributed
     JoinSampler ──> the newest of every adapter, to this sampler alone ──> Done
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -51,6 +52,24 @@ class _Held:
 
     handle: SlabHandle
     slab: torch.Tensor
+
+    def give(self) -> torch.Tensor:
+        return self.slab
+
+
+class _Taking:
+    """A slab on its way from its trainer: taken when it is first wanted, while the samplers hear of it."""
+
+    def __init__(self, handle: SlabHandle, taker: Taker) -> None:
+        self.slab: torch.Tensor | None = None
+        self._handle, self._taker = handle, taker
+        self._taking = threading.Lock()
+
+    def __call__(self) -> torch.Tensor:
+        with self._taking:
+            if self.slab is None:
+                self.slab = _take(self._handle, self._taker)
+            return self.slab
 
 
 class ParamSync:
@@ -98,12 +117,12 @@ class ParamSync:
         handle = message.handle
         lock = self._lock(handle.ref.name)
         async with lock:
-            slab = await asyncio.to_thread(_take, handle, self._taker)
-            self._fan().home = self._taker.home or self._fan().home
-            held = _Held(replace(handle, host="", path="", on_device=False, data=None), slab)
+            taking, told = _Taking(handle, self._taker), replace(handle, host="", path="", on_device=False, data=None)
             # One that has left, or never came, is not waited for: what it misses it gets when it joins.
             peers = [self._peers[sampler] for sampler in message.samplers if sampler in self._peers]
-            times = await self._fan().send(held.handle, slab, peers)
+            times = await self._fan().send(told, taking, peers)
+            held = _Held(told, taking.slab if taking.slab is not None else await asyncio.to_thread(taking))
+            self._fan().home = self._taker.home or self._fan().home
             self._held.pop(handle.ref.name, None)
             self._held[handle.ref.name] = held  # the last is the one sent last
             await self._trim()
@@ -151,7 +170,7 @@ class ParamSync:
             async with lock:
                 held = self._held.get(missing[0])  # a sync that was under way has made a newer one, or it was dropped
                 if held is not None:
-                    await self._fan().send(held.handle, held.slab, [peer])
+                    await self._fan().send(held.handle, held.give, [peer])
         self._fan().dissolve(lambda other: other is peer)  # from now on it receives with the others
         error = await peer.ask(GetStatistics(), self._config.deadline_s)
         if error is not None or not peer.serving:

@@ -83,15 +83,18 @@ class _Arrival:
     slot: int | None
     raw: torch.Tensor | None = None
     discarded: bool = False
+    told: float = field(default_factory=time.monotonic)
+    came: float = 0.0
     settled: Future[None] = field(default_factory=Future)
 
 
 class _Line:
     """One broadcast group and the thread that receives over it, in the order of asking. A fault ends it and what waits."""
 
-    def __init__(self, group: dict[str, Any], device: torch.device) -> None:
+    def __init__(self, group: dict[str, Any], device: torch.device, stream: Any) -> None:
+        """stream: which no step runs on; what is received is allocated on it."""
         self._link = BroadcastGroup(**group)
-        self._device = device if group["backend"] == "nccl" else torch.device("cpu")
+        self._device, self._stream = (device, stream) if group["backend"] == "nccl" else (torch.device("cpu"), None)
         self._jobs: queue.Queue[tuple[int, Callable[[torch.Tensor | BaseException], None]] | None] = queue.Queue(MAX_WAITING)
         self.broken: BaseException | None = None
         threading.Thread(target=self._serve, name=f"weft-{group['epoch']}", daemon=True).start()
@@ -109,7 +112,8 @@ class _Line:
         while (job := self._jobs.get()) is not None:
             nbytes, then = job
             try:
-                raw = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+                with torch.cuda.stream(self._stream):  # on the engine's own it could be memory that a step still reads
+                    raw = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
                 self._link.broadcast(raw)
             except Exception as error:  # noqa: BLE001 whatever it is, the waiting install reports it; the group is lost
                 self._link.close()
@@ -117,6 +121,7 @@ class _Line:
                 then(error)
             else:
                 then(raw)
+                del raw
 
 
 class SamplerExtension:
@@ -135,7 +140,8 @@ class SamplerExtension:
         return {}
 
     @cached_property
-    def weft_times(self) -> deque[tuple[str, float]]:
+    def weft_times(self) -> deque[tuple[str, tuple[float, float, float]]]:
+        """time.monotonic when a slab was announced, had come, and was live."""
         return deque(maxlen=MAX_TIMES)
 
     @cached_property
@@ -237,12 +243,12 @@ class SamplerExtension:
         self._free(lora_id)
 
     def slab_statistics(self) -> dict[str, Any]:
-        """pid of this process, the ids that the engine holds, and when (time.monotonic) the last slabs were live."""
+        """pid of this process, the ids that the engine holds, and when the last slabs were announced, had come, were live."""
         self._register()
         return {
             "pid": os.getpid(),
             "lora_ids": sorted(self.weft_manager.list_adapters()),
-            "live": dict(self.weft_times),
+            "times": dict(self.weft_times),
         }
 
     # ---- slots: the engine's thread ----
@@ -282,6 +288,7 @@ class SamplerExtension:
 
     def _settle(self, key: str, arrival: _Arrival, raw: torch.Tensor) -> None:
         """Into its slot, if it has one. Raises ValueError when a weight is not finite."""
+        arrival.came = arrival.came or time.monotonic()
         if arrival.slot is None:
             arrival.raw = raw
             return
@@ -290,7 +297,7 @@ class SamplerExtension:
                 return
             if self._fill(arrival, raw):
                 raise ValueError(f"{key}: not every weight is finite")
-            self.weft_times.append((key, time.monotonic()))
+            self.weft_times.append((key, (arrival.told, arrival.came, time.monotonic())))
             self.weft_live.append(arrival)
         arrival.raw = None
 
@@ -314,7 +321,8 @@ class SamplerExtension:
         lines = self.weft_lines
         line = lines.pop(group["epoch"], None)
         if line is None or line.broken is not None:
-            line = _Line(group, self.device)  # type: ignore[attr-defined]
+            stream = self.weft_stream if group["backend"] == "nccl" else None
+            line = _Line(group, self.device, stream)  # type: ignore[attr-defined]
         lines[group["epoch"]] = line  # the last is the one used last
         broken = [epoch for epoch, held in lines.items() if held.broken is not None]
         for epoch in broken + [epoch for epoch in lines if epoch not in broken][:-MAX_LINES]:

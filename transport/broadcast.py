@@ -28,11 +28,11 @@ import torch.distributed
 from weft.transport import rendezvous
 from weft.transport.errors import DeadlineError, PeerDiedError, RendezvousError, WeftError
 
+_Job = tuple[torch.Tensor, float, "queue.SimpleQueue[BaseException | None]"]  # what is broadcast, until when, and how it went
 dist: Any = torch.distributed  # its type hints leave out half of what is used here
 BACKENDS = ("gloo", "nccl")
 _GRACE_S = 0.5  # gloo's own timeout comes first and says more
 _NEVER = timedelta(days=365)
-_NCCL_POLL_S = 5e-5  # a 132 MB slab takes 3e-4 s between two H200
 # A watchdog of torch's ends the whole process when a peer dies. Here it is a vLLM worker with requests of all adapters.
 _NCCL_ENVIRONMENT = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 
@@ -92,6 +92,7 @@ class BroadcastGroup:
         self._left = threading.Event()
         self._stream: Any = None  # NCCL's work waits for the stream that asks for it: not for the one that a model runs on
         self._outcome: queue.SimpleQueue[BaseException | None] | None = None
+        self._jobs: queue.SimpleQueue[_Job | None] | None = None  # of the group's thread, once there is one
         self._broadcasts, self._nbytes, self._seconds = 0, 0, 0.0
 
     def broadcast(self, tensor: torch.Tensor) -> None:
@@ -108,9 +109,10 @@ class BroadcastGroup:
             return
         start = time.monotonic()
         outcome = self._outcome = queue.SimpleQueue()
-        body = threading.Thread(target=self._run, args=(tensor, start + self._deadline_s, outcome), daemon=True)
-        body.name = f"broadcast-{self._epoch}"
-        body.start()
+        if self._jobs is None:
+            self._jobs = queue.SimpleQueue()
+            threading.Thread(target=self._serve, args=(self._jobs,), name=f"broadcast-{self._epoch}", daemon=True).start()
+        self._jobs.put((tensor, start + self._deadline_s, outcome))
         try:
             error = outcome.get(timeout=self._deadline_s + _GRACE_S)
         except queue.Empty:
@@ -128,8 +130,10 @@ class BroadcastGroup:
         """Leave the group. From another thread: ends the broadcast that is under way there with PeerDiedError."""
         self._broken = self._broken or "it was closed"
         self._left.set()
-        outcome, group = self._outcome, self._group
+        outcome, group, jobs = self._outcome, self._group, self._jobs
         self._group = self._store = None
+        if jobs is not None:
+            jobs.put(None)
         if outcome is not None:
             outcome.put(PeerDiedError(f"group {self._epoch} was closed during a broadcast"))
         if group is not None:
@@ -139,8 +143,14 @@ class BroadcastGroup:
     def statistics(self) -> BroadcastStatistics:
         return BroadcastStatistics(broadcasts=self._broadcasts, nbytes=self._nbytes, seconds=self._seconds)
 
+    def _serve(self, jobs: queue.SimpleQueue[_Job | None]) -> None:
+        """The group's thread, until `close`."""
+        while (job := jobs.get()) is not None:
+            self._run(*job)
+            del job  # a slab is held no longer than it takes
+
     def _run(self, tensor: torch.Tensor, end: float, outcome: queue.SimpleQueue[BaseException | None]) -> None:
-        """The body of one broadcast, on its own thread."""
+        """The body of one broadcast."""
         try:
             with self._own_stream(tensor):
                 if self._group is None:
@@ -193,12 +203,10 @@ class BroadcastGroup:
         if self._backend == "gloo":
             work.wait(timedelta(seconds=max(end - time.monotonic(), 0.001)))
             return
-        while not work.is_completed():
-            if time.monotonic() >= end:
-                raise DeadlineError(f"group {self._epoch}: no broadcast within {self._deadline_s:g} s")
-            time.sleep(_NCCL_POLL_S)
-        work.wait()  # raises what went wrong
-        torch.cuda.current_stream(tensor.device).synchronize()
+        work.wait()  # this stream waits for NCCL's, and this thread for this stream, without Python's lock: in a sampler the
+        torch.cuda.current_stream(tensor.device).synchronize()  # thread that decodes has it, and each look would wait for it
+        if self._broken:  # an abort ends the wait as well
+            raise PeerDiedError(f"group {self._epoch}: {self._broken}")
 
 
 def _route(host: str, port: int) -> str:

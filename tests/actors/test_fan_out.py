@@ -97,7 +97,7 @@ def run(backend: str, law: Callable[[FanOut, Peer, PlainSampler], Awaitable[None
 @pytest.mark.usefixtures("nccl_that_never_forms")
 def test_where_it_is_allowed_the_slab_goes_through_the_host_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
     async def law(fan: FanOut, peer: Peer, sampler: PlainSampler) -> None:
-        await fan.send(HANDLE, SLAB, [peer])
+        await fan.send(HANDLE, lambda: SLAB, [peer])
         assert sampler.installed is not None and torch.equal(sampler.installed, SLAB)
         assert sampler.backends == ["nccl", "gloo"]  # the first has taken a whole deadline
         assert fan.backend == "gloo"
@@ -113,7 +113,7 @@ def test_where_it_is_allowed_the_slab_goes_through_the_host_and_that_is_said(cap
 def test_where_it_is_not_allowed_the_sync_fails_and_says_which_ranks_came() -> None:
     async def law(fan: FanOut, peer: Peer, sampler: PlainSampler) -> None:
         with pytest.raises(RendezvousError, match=r"ranks \[0\] of 2 came"):
-            await fan.send(HANDLE, SLAB, [peer])
+            await fan.send(HANDLE, lambda: SLAB, [peer])
         assert sampler.backends == ["nccl"] * fan_out.ROUNDS
         assert sampler.installed is None
 
