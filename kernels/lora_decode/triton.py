@@ -59,46 +59,66 @@ def settings(tokens: int, rank: int) -> Settings:
 
 
 def add_lora(
+    y: Tensor, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], table: Tensor, max_tokens: int, scale: float, add: bool
+) -> None:
+    """As `weft.kernels.lora_decode.add_lora` says."""
+    own = settings(x.shape[0], a[0].shape[2])
+    sums = shrink(x, a, table, max_tokens, own, chains(y.device))
+    expand(sums, y, b, table, max_tokens, scale, add, own, chains(y.device))
+
+
+def shrink(x: Tensor, a: Sequence[Tensor], table: Tensor, max_tokens: int, own: Settings, chained: bool) -> Tensor:
+    """-> sums [C, T, P R], in the order of the table's tokens; what no adapter of the batch has is left unwritten."""
+    tokens, width = x.shape
+    slots, _, rank, _ = a[0].shape
+    parts, height = len(a), HEIGHTS[own.height]
+    chunk = max(own.chunk, triton.cdiv(triton.cdiv(width, MOST_CHUNKS), own.depth) * own.depth)
+    chunks = triton.cdiv(width, chunk)
+    together = parts if own.together else 1
+    sums = torch.empty(chunks, tokens, parts * rank, dtype=torch.float32, device=x.device)
+    programs = most_tiles(height, tokens, slots) * (parts // together) * chunks
+    _shrink[(min(own.shrink_programs, programs),)](
+        x, a[0], sums, table, *_places(own, max_tokens, slots), tokens, width, *_gaps(a), x.stride(0),
+        PARTS=parts, TOGETHER=together, CHUNKS=chunks, CHUNK=min(chunk, width), RANK=rank, ONCE=chunk == own.depth,
+        EVEN=width % own.depth == 0, CHAINED=chained, PRECISION=_precision(x), BLOCK_T=height,
+        BLOCK_R=triton.next_power_of_2(max(16, together * rank)), BLOCK_K=own.depth,
+        num_warps=own.shrink_warps, num_stages=own.shrink_stages, **_options(chained),
+    )  # fmt: skip
+    return sums
+
+
+def expand(
+    sums: Tensor,
     y: Tensor,
-    x: Tensor,
-    a: Sequence[Tensor],
     b: Sequence[Tensor],
     table: Tensor,
     max_tokens: int,
     scale: float,
     add: bool,
-    own: Settings | None = None,
-    chained: bool | None = None,
+    own: Settings,
+    chained: bool,
 ) -> None:
-    """As `weft.kernels.lora_decode.add_lora` says. own, chained: other than the usual, to compare."""
-    tokens, width = x.shape
-    slots, _, rank, _ = a[0].shape
-    parts = len(a)
-    own = own or settings(tokens, rank)
-    chained = chains(y.device) if chained is None else chained
-    chunk = max(own.chunk, triton.cdiv(triton.cdiv(width, MOST_CHUNKS), own.depth) * own.depth)
-    chunks = triton.cdiv(width, chunk)
-    together = parts if own.together else 1
-    tiles = most_tiles(HEIGHTS[own.height], tokens, slots)
-    places = (own.height, tiles_at(own.height, max_tokens, slots), tiles_at(len(HEIGHTS), max_tokens, slots))
-    sums = torch.empty(chunks, tokens, parts * rank, dtype=torch.float32, device=y.device)
-    extra: dict[str, Any] = {"launch_pdl": True} if chained else {}
-    block_r = triton.next_power_of_2(max(16, rank))
-    _shrink[(min(own.shrink_programs, tiles * (parts // together) * chunks),)](
-        x, a[0], sums, table, *places, tokens, width, *_gaps(a), x.stride(0),
-        PARTS=parts, TOGETHER=together, CHUNKS=chunks, CHUNK=min(chunk, width), RANK=rank, ONCE=chunk == own.depth,
-        EVEN=width % own.depth == 0, CHAINED=chained, PRECISION=_precision(x), BLOCK_T=HEIGHTS[own.height],
-        BLOCK_R=triton.next_power_of_2(max(16, together * rank)), BLOCK_K=own.depth,
-        num_warps=own.shrink_warps, num_stages=own.shrink_stages, **extra,
-    )  # fmt: skip
+    """sums: of `shrink`, with the same settings."""
+    chunks, tokens, _ = sums.shape
+    slots, _, _, rank = b[0].shape
     widths = [part.shape[2] for part in b]
-    blocks = sum(triton.cdiv(one, own.columns) for one in widths)
-    _expand[(min(own.expand_programs, tiles * blocks),)](
-        sums, b[0], y, table, *places, tokens, *_gaps(b), *(widths + [0, 0])[:3], y.stride(0), scale,
-        PARTS=parts, CHUNKS=chunks, RANK=rank, ADD=add, EVEN=not any(one % own.columns for one in widths), CHAINED=chained,
-        PRECISION=_precision(x), STAGES=own.expand_stages, BLOCK_T=HEIGHTS[own.height], BLOCK_R=block_r, BLOCK_O=own.columns,
-        num_warps=own.expand_warps, num_stages=own.expand_stages, **extra,
+    height = HEIGHTS[own.height]
+    programs = most_tiles(height, tokens, slots) * sum(triton.cdiv(one, own.columns) for one in widths)
+    _expand[(min(own.expand_programs, programs),)](
+        sums, b[0], y, table, *_places(own, max_tokens, slots), tokens, *_gaps(b), *(widths + [0, 0])[:3], y.stride(0), scale,
+        PARTS=len(b), CHUNKS=chunks, RANK=rank, ADD=add, EVEN=not any(one % own.columns for one in widths), CHAINED=chained,
+        PRECISION=_precision(b[0]), STAGES=own.expand_stages, BLOCK_T=height,
+        BLOCK_R=triton.next_power_of_2(max(16, rank)), BLOCK_O=own.columns,
+        num_warps=own.expand_warps, num_stages=own.expand_stages, **_options(chained),
     )  # fmt: skip
+
+
+def _places(own: Settings, max_tokens: int, slots: int) -> tuple[int, int, int]:
+    return own.height, tiles_at(own.height, max_tokens, slots), tiles_at(len(HEIGHTS), max_tokens, slots)
+
+
+def _options(chained: bool) -> dict[str, Any]:
+    return {"launch_pdl": True} if chained else {}
 
 
 @cache

@@ -63,8 +63,12 @@ class Problem:
         return y
 
     def found(self, own: kernels.Settings | None = None, scale: float = 0.5, add: bool = True) -> Tensor:
-        y = self.y.clone()
-        kernels.add_lora(y, self.x, self.a, self.b, self.work.table, self.work.max_tokens, scale, add, own)
+        y, places = self.y.clone(), (self.work.table, self.work.max_tokens)
+        if own is None:
+            kernels.add_lora(y, self.x, self.a, self.b, *places, scale, add)
+        else:
+            sums = kernels.shrink(self.x, self.a, *places, own, kernels.chains(DEVICE))
+            kernels.expand(sums, y, self.b, *places, scale, add, own, kernels.chains(DEVICE))
         return y.float().cpu()
 
 
