@@ -29,6 +29,7 @@ class GroupSpan:
     rollouts: int
     tokens: int
     held_out: bool
+    sampler: int
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,8 @@ class History:
         kind = line["event"]
         if kind == "GroupSampled":
             start, end = line["start"] + shift, line["time"] + shift
-            span = GroupSpan(line["adapter"], start, end, line["rollouts"], line["tokens"], line["held_out"])
-            self.groups.append(span)
+            told = (line["rollouts"], line["tokens"], line["held_out"], line["sampler"])
+            self.groups.append(GroupSpan(line["adapter"], start, end, *told))
         elif kind == "LaunchEnded":
             end = line["time"] + shift
             self.launches.append(LaunchSpan(end - line["seconds"], end, line["tokens"]))

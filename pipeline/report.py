@@ -15,7 +15,7 @@ from weft.pipeline.history import AdapterHistory, History
 from weft.pipeline.metrics import finite
 from weft.pipeline.palette import adapter_colour
 from weft.pipeline.plots import draw_held_out, draw_rewards, draw_staleness, save_png, style, to_svg
-from weft.pipeline.summary import count, duration
+from weft.pipeline.summary import count, duration, told_work
 from weft.pipeline.timeline import draw_overlap, draw_pools
 
 Draw = Callable[[History], Figure | None]
@@ -73,6 +73,7 @@ STEP_COLUMNS = (
     ("time/sync", "sync s"),
 )
 MAX_STEPS = 400  # rows of one adapter's table: of more, evenly chosen ones, which is said
+MAX_SPLITS = 16  # rows of the table of splits
 MAX_TABLES = 64  # adapters with a table of steps
 CSS = """
 :root { color-scheme: light dark; --ink: #1c2026; --muted: #667080; --grid: #e4e7eb; --faint: #c7ccd4; --paper: #ffffff;
@@ -128,6 +129,7 @@ def write_report(
         save_png(figure, plots / f"{name}.png", heading)
         svg = _own_ids(to_svg(figure), name)
         body.append(_section(heading, caption, f'<div class="plot" role="img" aria-label="{escape(heading)}">{svg}</div>'))
+    body.append(_section("Samplers and trainers", _work_caption(summary["work"]), _splits(summary["work"])))
     body.append(_failures(summary))
     body.append(_section("What differs between the adapters", "", _differences(settings)))
     body.append(_section("Steps", _steps_caption(history), "".join(_steps(history))))
@@ -206,6 +208,26 @@ def _adapters(history: History, summary: Mapping[str, Any]) -> str:
         )
     headings = ["adapter", "state", "steps", "reward", "held-out", "staleness", "logprob_diff", "max", "tokens trained"]
     return _table([*headings, "rollout s", "queue s", "train s", "sync s"], rows)
+
+
+def _work_caption(work: Mapping[str, Any] | None) -> str:
+    """Also says what the bound leaves out, for a reader who finds that less was done."""
+    left_out = "Waiting for a launch that runs, evaluations and checkpoints are not in what is possible."
+    return f"{'. '.join(told_work(work))}. {left_out}" if work else ""
+
+
+def _splits(work: Mapping[str, Any] | None) -> str:
+    """A table of the splits around the recommended one: what each could do."""
+    if work is None:
+        return ""
+    best, here = work["recommended"]["samplers"], work["samplers"]
+    first = max(min(best - MAX_SPLITS // 2, len(work["splits"]) - MAX_SPLITS), 0)
+    rows = []
+    for split in work["splits"][first : first + MAX_SPLITS]:
+        notes = [note for number, note in ((here, "here"), (best, "recommended")) if split["samplers"] == number]
+        told = f'<b class="good">{", ".join(notes)}</b>' if notes else ""
+        rows.append([f"{split['samplers']} + {split['trainers']}", f"{split['bound']:.3g}", told])
+    return _table(["samplers + trainers", "steps/s possible", ""], rows)
 
 
 def _failures(summary: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,19 @@ from rich.text import Text
 from weft.pipeline.events import AdapterStatistics, PipelineStatistics, PoolStatistics
 from weft.pipeline.history import AdapterHistory, History
 from weft.pipeline.metrics import finite
+from weft.pipeline.split import account
 
+POOLS = ("sampler", "trainer")
 Summary = dict[str, Any]
 
 
-def summarize(statistics: PipelineStatistics, history: History, wall_seconds: float) -> Summary:
-    """The summary of a run.
+def summarize(statistics: PipelineStatistics, history: History, wall_seconds: float, samplers: int = 0) -> Summary:
+    """The summary of a run. samplers: how many there were; 0: as many as sampled.
 
     wall_seconds: of the command, from start to end, set-up of the cluster included; the seconds of earlier sessions that a
     resume continues are in `session_seconds`. staleness_violations: tokens trained beyond their adapter's bound, by what each
-    step recorded of its batch. logprob_diff: |trainer - sampler| in nats, mean and max over the steps' means.
+    step recorded of its batch. logprob_diff: |trainer - sampler| in nats, mean and max over the steps' means. work: what an
+    adapter-step needs of each pool, and the split of processes that would do most (split.py); null without a step.
     """
     adapters = {
         name: _adapter(adapter, history.adapters.get(name) or AdapterHistory(name))
@@ -38,6 +41,7 @@ def summarize(statistics: PipelineStatistics, history: History, wall_seconds: fl
         "session_seconds": [end - start for start, end in zip(history.sessions, ends, strict=False)],
         "staleness_violations": sum(adapter["staleness_violations"] for adapter in adapters.values()),
         "pools": {"samplers": _pool(statistics.samplers), "trainers": _pool(statistics.trainers)},
+        "work": account(history, samplers, statistics.trainers.capacity, statistics.samplers.capacity),
         "warnings": list(statistics.warnings),
         "adapters": adapters,
     }
@@ -137,12 +141,32 @@ def print_closing(summary: Mapping[str, Any], console: Console) -> None:
         style="bold red" if violations else "dim",
         highlight=False,
     )
+    for line in told_work(summary["work"]):
+        console.print(line, style="dim", highlight=False)
     for name, adapter in summary["adapters"].items():
         if "traceback" in adapter:
             last = adapter["traceback"].strip().splitlines()[-1]
             console.print(
                 f"{name} failed: {last} (whole traceback in summary.json)", style="red", markup=False, highlight=False
             )
+
+
+def told_work(work: Mapping[str, Any] | None) -> Iterator[str]:
+    """W_s, W_t, what was done of what can be done, and the split that would do most: two lines at most."""
+    if work is None:
+        return
+    samplers, trainers, best = work["samplers"], work["trainers"], work["recommended"]
+    yield (
+        f"an adapter-step takes {work['sampler_seconds']:.3g} s of a full sampler (W_s) "
+        f"and {work['trainer_seconds']:.3g} s of a trainer (W_t): "
+        f"{work['bound']:.3g} steps/s are possible on {samplers} + {trainers}, "
+        f"{work['steps_per_second']:.3g} were done ({work['steps_per_second'] / work['bound']:.0%})"
+    )
+    if samplers + trainers > 2:
+        pair = (best["samplers"], best["trainers"])
+        told = "as here" if pair == (samplers, trainers) else f"{best['bound']:.3g} steps/s are possible"
+        split = " + ".join(f"{number} {noun}{'s' * (number > 1)}" for noun, number in zip(POOLS, pair, strict=True))
+        yield f"recommended split of {samplers + trainers} processes: {split} ({told})"
 
 
 def _change(base: float | None, final: float | None) -> Text:

@@ -100,6 +100,19 @@ def test_the_page_tells_who_failed_and_why(written):
     assert "7 of 8" in page.text and "ZeroDivisionError" in page.text and "1:15" in page.text
 
 
+def test_the_page_tells_the_work_of_a_step_and_what_each_split_could_do(tmp_path, synthetic_run):
+    run = synthetic_run(num_steps=4)
+    history = record(tmp_path, run)
+    summary = summarize(run.statistics(), history, 75.0, samplers=39)
+    page, told = Page(), write_report(tmp_path, history, summary, {}).read_text()
+    page.feed(told)
+    assert "W_s" in page.text and "recommended split of 40 processes" in page.text
+    table = told[told.index("<h2>Samplers and trainers") : told.index("<h2>Steps")]
+    assert table.count("<tr><td>") == 16 and table.count("recommended</b>") == 1
+    best = summary["work"]["recommended"]
+    assert f"<td>{best['samplers']} + {best['trainers']}</td><td>{best['bound']:.3g}</td>" in table
+
+
 def test_names_are_escaped(written):
     _, page, text = written
     assert "<demo>" not in text and "weft <demo>" in page.text

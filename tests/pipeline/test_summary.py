@@ -83,9 +83,28 @@ def test_the_closing_table_fits_a_terminal_and_names_what_failed(finished):
     assert closing_table(finished[0]).row_count == 8
 
 
+def test_the_last_lines_say_the_work_of_a_step_and_the_split_for_it(tmp_path, synthetic_run):
+    with Metrics(tmp_path) as metrics:
+        run = synthetic_run(num_steps=6)
+        for event in run.events():
+            metrics(event)
+    history = History.read(tmp_path)
+    launches = [launch.end - launch.start for launch in history.launches]
+    for samplers in (1, 5):
+        work = summarize(run.statistics(), history, 99.5, samplers)["work"]
+        assert work["trainer_seconds"] == pytest.approx(sum(launches) / (8 * 6)) and work["adapters"] == 8
+        assert work["steps_per_second"] == pytest.approx(8 * 6 / run.now, rel=0.3)
+        with (console := Console(width=100)).capture() as captured:
+            print_closing(summarize(run.statistics(), history, 99.5, samplers), console)
+        told = " ".join(captured.get().split())
+        assert f"takes {work['sampler_seconds']:.3g} s of a full sampler (W_s) and {work['trainer_seconds']:.3g} s of a" in told
+        assert f"{work['bound']:.3g} steps/s are possible on {samplers} + 1" in told
+        assert ("recommended split of 6 processes" in told) == (samplers == 5), "two processes can be split in one way"
+
+
 def test_a_run_without_one_step_has_a_summary_too(tmp_path, synthetic_run):
     summary = summarize(synthetic_run().statistics(), History.read(tmp_path), 1.0)
-    assert summary["adapters"]["letters"]["logprob_diff"]["mean"] is None
+    assert summary["adapters"]["letters"]["logprob_diff"]["mean"] is None and summary["work"] is None
     with Console(width=100).capture():
         print_closing(summary, Console(width=100))
 
