@@ -56,7 +56,7 @@ CASES = {
     "both are": Case(0.5, 0.06, 2.2, 0.3, adapters=12),
     "few adapters, stale": Case(1.0, 0.06, 2.0, 0.3, adapters=4, staleness=2),
     "latency is": Case(8.0, 0.01, 0.5, 2.0, adapters=6),
-    "five adapters at home": Case(0.05, 0.033, 3.0, 0.1, adapters=5),
+    "five adapters at home": Case(0.05, 0.033, 3.0, 0.1, adapters=5, staleness=2, steps=20),
     "eight processes": Case(0.3, 0.08, 1.5, 0.1, adapters=16, members=8),
 }
 
