@@ -1,11 +1,12 @@
 """The trainer: weights, gradients and moments of many adapters on one frozen base, behind messages.
 
     handle(message) ──> thread of training: TrainStep, ForwardBackward, OptimStep, Score
-                  |──> thread of state: Publish, Save, Load, Export, AddAdapter, DropAdapter
+                  |──> thread of state: Publish, Load, DropAdapter
+                  |──> threads of files: AddAdapter, Save, Export
                   `──> GetStatistics is answered at once
 
-Two threads, so that one adapter's new version is on its way while others train: a publish takes milliseconds, a launch may take
-seconds. Each thread works in the order of arrival, and each adapter's lock lets one of them at it.
+So one adapter's new version is on its way while others train, are made or are written: a publish takes milliseconds, all else
+may take seconds. Each adapter's lock lets one thread at it, and who asks waits for one answer before the next.
 What concerns one adapter alone (a stale batch, a loss that is not finite) comes back as the fault of its StepResult, and the
 others' step is taken.
 """
@@ -50,6 +51,7 @@ from weft.transport.messages import UNSAMPLED, AdapterRef, StepResult, TrainBatc
 
 STATE_FILE = "adapter.safetensors"  # what Save writes: these, fp32 [D] each, and in its header the rest
 STATE_TENSORS = ("master", "exp_avg", "exp_avg_sq")
+FILES = 8  # adapters made or written at once, each with a copy of its state in memory
 
 
 class Trainer:
@@ -80,6 +82,7 @@ class Trainer:
         threads = functools.partial(torch.set_num_threads, config.num_threads)  # a setting of the thread that computes
         self._training = ThreadPoolExecutor(1, "weft-training", initializer=threads)
         self._state = ThreadPoolExecutor(1, "weft-state", initializer=functools.partial(_own_stream, self._device))
+        self._files = ThreadPoolExecutor(FILES, "weft-files", initializer=functools.partial(_own_stream, self._device))
         self._adapters: dict[str, Adapter] = {}
         self._boxes = Boxes(self._device) if shares_device else None
         self._ranks = ranks
@@ -94,15 +97,18 @@ class Trainer:
             messages.Score: self._score,
         }
         state: dict[type, Callable[[Any], Any]] = {
-            messages.AddAdapter: self._add,
             messages.DropAdapter: self._drop,
             messages.Publish: self._publish,
-            messages.Save: self._save,
             messages.Load: self._load,
+        }
+        files: dict[type, Callable[[Any], Any]] = {
+            messages.AddAdapter: self._add,
+            messages.Save: self._save,
             messages.Export: self._export,
         }
         self._calls = {kind: (self._training, call) for kind, call in training.items()}
         self._calls |= {kind: (self._state, call) for kind, call in state.items()}
+        self._calls |= {kind: (self._files, call) for kind, call in files.items()}
 
     async def start(self) -> None:
         """Load the base. Raises ValueError for a folder that holds no model, and for a device that has no FP8 products."""
@@ -124,7 +130,7 @@ class Trainer:
 
     async def aclose(self) -> None:
         """Ends after what is being computed; the disk tier is removed."""
-        for thread in (self._training, self._state):
+        for thread in (self._training, self._state, self._files):
             await asyncio.to_thread(thread.shutdown, cancel_futures=True)
         shutil.rmtree(self._folder / "adapters", ignore_errors=True)
 
