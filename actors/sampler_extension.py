@@ -18,6 +18,7 @@ import multiprocessing.connection
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -40,6 +41,7 @@ PENDING, INSTALLED = "pending", "installed"
 MAX_FORMS = 64  # layouts whose places are kept; an adapter has one
 MAX_TIMES = 64  # arrivals whose time is kept
 MAX_WAITING = 64  # slabs on their way over one group
+SWITCH_S = 5e-4  # Python's own 5e-3 is what a slab's thread would wait for each time while the engine schedules a step
 MAX_LINES = 8  # groups kept; a relay keeps fewer, and never comes back to an epoch that it has left
 
 
@@ -97,6 +99,8 @@ class _Line:
         self._device, self._stream = (device, stream) if group["backend"] == "nccl" else (torch.device("cpu"), None)
         self._jobs: queue.Queue[tuple[int, Callable[[torch.Tensor | BaseException], None]] | None] = queue.Queue(MAX_WAITING)
         self.broken: BaseException | None = None
+        if self._stream is not None:
+            sys.setswitchinterval(SWITCH_S)
         threading.Thread(target=self._serve, name=f"weft-{group['epoch']}", daemon=True).start()
 
     def receive(self, nbytes: int, then: Callable[[torch.Tensor | BaseException], None]) -> None:

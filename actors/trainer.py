@@ -21,6 +21,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -51,6 +52,7 @@ from weft.transport.messages import UNSAMPLED, AdapterRef, StepResult, TrainBatc
 
 STATE_FILE = "adapter.safetensors"  # what Save writes: these, fp32 [D] each, and in its header the rest
 STATE_TENSORS = ("master", "exp_avg", "exp_avg_sq")
+SWITCH_S = 5e-4  # after which a thread that launches lets one that publishes have its turn
 FILES = 8  # adapters made or written at once, each with a copy of its state in memory
 
 
@@ -120,12 +122,11 @@ class Trainer:
         if isinstance(message, messages.GetStatistics):
             return self._statistics()
         assert type(message) in self._calls, f"no message to a trainer: {type(message).__name__}"
-        loop = asyncio.get_running_loop()
+        loop, (thread, call) = asyncio.get_running_loop(), self._calls[type(message)]
         if isinstance(message, messages.AddAdapter) and self._warm_up is not None:
             ranks = [build(AdapterConfig, message.config).lora.rank]
             if self._warm_up.lacks(ranks):
                 await loop.run_in_executor(self._training, self._warm_up.run, ranks)
-        thread, call = self._calls[type(message)]
         return await loop.run_in_executor(thread, call, message)
 
     async def aclose(self) -> None:
@@ -142,7 +143,8 @@ class Trainer:
         decoder.use_fp8(self._base_precision == "fp8")
         self._learner = Learner(decoder, self._store, self._device, self._config.token_budget)
         self._vocab_size = decoder.head.shape[0]
-        if self._device.type == "cuda":  # nothing else is compiled
+        if self._device.type == "cuda":  # nothing else is compiled, nor launched by Python while another thread publishes
+            sys.setswitchinterval(SWITCH_S)
             self._warm_up = WarmUp(self._learner, self._store, self._shapes, self._dtype.itemsize)
             self._warm_up.run(self._ranks)
 
