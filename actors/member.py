@@ -8,9 +8,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
@@ -209,6 +210,31 @@ async def statistics_of(members: Sequence[Member]) -> list[Any]:
 
     replies = await together(*(ask(member) for member in members))
     return [reply for reply in replies if reply is not None]
+
+
+async def numbers_of(members: Sequence[Member]) -> dict[str, dict[str, float]]:
+    """By name: how often each has died, and what the processes that answer now count of themselves."""
+
+    async def ask(member: Member) -> tuple[str, dict[str, float]]:
+        found = {"deaths": float(member.deaths), "ready": float(member.ready)}
+        with suppress(WeftError):
+            found |= numbers(await member.request(messages.GetStatistics(), STATISTICS_DEADLINE_S))
+        return member.name, found
+
+    return dict(await together(*(ask(member) for member in members)))
+
+
+def numbers(statistics: Any) -> dict[str, float]:
+    """The numbers of a process's statistics: of what it names (adapters, versions) how many, of a mapping each value."""
+    found: dict[str, float] = {}
+    for name, value in ((one.name, getattr(statistics, one.name)) for one in dataclasses.fields(statistics)):
+        if isinstance(value, Mapping):
+            found |= {f"{name}/{key}": float(number) for key, number in value.items()}
+        elif isinstance(value, tuple):
+            found[name] = float(len(value))
+        elif isinstance(value, int | float) and not name.endswith("pid"):
+            found[name] = float(value)
+    return found
 
 
 async def together(*calls: Coroutine[Any, Any, T]) -> list[T]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weft.actors.member import Member, all_ready, any_ready, statistics_of, together
+from weft.actors.member import Member, all_ready, any_ready, numbers_of, statistics_of, together
 from weft.actors.trainer_pool import TrainerPool
 from weft.configs.expand import to_mapping
 from weft.configs.schema import AdapterConfig
@@ -116,6 +116,10 @@ class ParamSyncPool:
 
     async def statistics(self) -> list[messages.SyncStatistics]:
         return await statistics_of([self._member])
+
+    async def numbers(self) -> dict[str, dict[str, float]]:
+        """What each process counts of itself, by its name."""
+        return await numbers_of([self._member])
 
     async def prepare(self, member: Member) -> None:
         """Give a fresh relay the samplers and every installed version. What cannot be given now comes with its next publish."""
@@ -265,6 +269,10 @@ class SamplerPool:
     async def statistics(self) -> list[messages.SamplerStatistics]:
         """Of those that answer now."""
         return await statistics_of(self._members)
+
+    async def numbers(self) -> dict[str, dict[str, float]]:
+        """What each process counts of itself, by its name."""
+        return await numbers_of(self._members)
 
     async def prepare(self, member: Member) -> None:
         """Tell a fresh sampler every adapter, and have the relay give it their newest versions."""

@@ -331,6 +331,8 @@ class Sampler:
             tokens_sampled=self._engine.tokens_sampled,
             installs=self._installs,
             busy_seconds=self._busy.seconds,
+            prompt_tokens=self._engine.prompt_tokens,
+            cached_tokens=self._engine.cached_tokens,
         )
 
 

@@ -41,7 +41,7 @@ class Engine:
         self._arguments = arguments
         self._environment = _ENVIRONMENT | (_ENVIRONMENT_CPU if device == "cpu" else {})
         self._requests = itertools.count()
-        self.tokens_sampled = 0
+        self.tokens_sampled = self.prompt_tokens = self.cached_tokens = 0
         self.pid = 0
 
     async def start(self) -> None:
@@ -100,9 +100,12 @@ class Engine:
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,  # vLLM's deep copy of what nobody shares is a tenth of this process's time
         )
-        output = (await self._request(tokens, params, version)).outputs[0]
+        result = await self._request(tokens, params, version)
+        output = result.outputs[0]
         sampled = list(output.token_ids)
         self.tokens_sampled += len(sampled)
+        self.prompt_tokens += len(tokens)
+        self.cached_tokens += result.num_cached_tokens or 0
         if isinstance(output.stop_reason, str):
             # The engine learns of a stop string from this process: let that message go before anything that follows it.
             await asyncio.sleep(0)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from weft.actors.member import Member, all_ready, statistics_of
+from weft.actors.member import Member, all_ready, numbers_of, statistics_of
 from weft.configs.expand import to_mapping
 from weft.configs.schema import AdapterConfig
 from weft.transport import messages
@@ -135,6 +135,10 @@ class TrainerPool:
     async def statistics(self) -> list[messages.TrainerStatistics]:
         """Of those that answer now."""
         return await statistics_of(self._members)
+
+    async def numbers(self) -> dict[str, dict[str, float]]:
+        """What each process counts of itself, by its name."""
+        return await numbers_of(self._members)
 
     async def prepare(self, member: Member) -> None:
         """Nothing: a fresh trainer is empty until the pipeline adds to it."""

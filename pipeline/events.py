@@ -13,6 +13,7 @@ began, of the pipeline's clock. Nothing here can change the pipeline.
     Evaluated           held-out prompts, before or after training
     CheckpointWritten   a state that survives `kill -9`
     AdapterFailed       one adapter's own fault; the others go on
+    MemberCounted       what one process of a pool counts of itself   (Prometheus, the summary); asked for, see members.py
     Warned              what the user should know and need not act on
 """
 
@@ -170,6 +171,17 @@ class AdapterFailed:
 
 
 @dataclass(frozen=True)
+class MemberCounted:
+    """One process of a pool (samplers, trainers, sync). numbers: since it began, so they start anew when it dies, but for
+    `deaths`: of those that filled its place."""
+
+    time: float
+    pool: str
+    member: str
+    numbers: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Warned:
     """adapter: empty when it concerns the run as a whole."""
 
@@ -188,6 +200,7 @@ Event = (
     | Evaluated
     | CheckpointWritten
     | AdapterFailed
+    | MemberCounted
     | Warned
 )
 Observer = Callable[[Event], None]

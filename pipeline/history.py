@@ -79,13 +79,15 @@ class AdapterHistory:
 
 @dataclass
 class History:
-    """adapters: in the order in which they came. sessions: when each began. seconds: when the last one ended."""
+    """adapters: in the order in which they came. sessions: when each began. seconds: when the last one ended.
+    members: what each process of the newest session's pools counted last, by pool and name."""
 
     adapters: dict[str, AdapterHistory] = field(default_factory=dict)
     groups: list[GroupSpan] = field(default_factory=list)
     launches: list[LaunchSpan] = field(default_factory=list)
     phases: list[Interval] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    members: dict[str, dict[str, Mapping[str, float]]] = field(default_factory=dict)
     sessions: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -130,6 +132,11 @@ class History:
             self.launches.append(LaunchSpan(end - line["seconds"], end, line["tokens"]))
         elif kind == "PhaseChanged":
             self.adapter(line["adapter"])
+        elif kind == "Session":
+            self.members = {}
+        elif kind == "MemberCounted":
+            before = self.members.setdefault(line["pool"], {})
+            before[line["member"]] = {**before.get(line["member"], {}), **line["numbers"]}
         elif kind == "Evaluated" and line["final"]:
             self.adapter(line["adapter"]).eval_final = line["reward"]
         elif kind == "Evaluated":

@@ -25,7 +25,7 @@ import yaml
 from rich.console import Console
 
 from weft.actors.preflight import check_output, preflight, writing
-from weft.actors.wiring import open_pools
+from weft.actors.wiring import RunningPools, open_pools
 from weft.configs.build import SettingError
 from weft.configs.compose import compose
 from weft.configs.expand import expand, to_mapping
@@ -36,6 +36,7 @@ from weft.pipeline.folder import hold, is_run, move_aside
 from weft.pipeline.help import help_text
 from weft.pipeline.history import History
 from weft.pipeline.interfaces import Pools
+from weft.pipeline.members import Counting, Members
 from weft.pipeline.metrics import Metrics
 from weft.pipeline.recovery import KEEP
 from weft.pipeline.report import write_report
@@ -238,8 +239,7 @@ async def _session(config: Config, console: Console) -> PipelineStatistics:
             console.print(f"Ray dashboard: {cluster.dashboard}", highlight=False)
         async with open_pools(config, cluster, str(cluster.shared_folder)) as running:
             await running.wait_ready()
-            pools = Pools(running.samplers, running.trainers, running.sync)
-            return await _watch(config, pools, cluster.dashboard, RayMetrics(), console)
+            return await _watch(config, running, cluster.dashboard, RayMetrics(), console)
 
 
 def _end_without_terminal(task: asyncio.Task[PipelineStatistics], streams: Sequence[int]) -> None:
@@ -251,7 +251,9 @@ def _end_without_terminal(task: asyncio.Task[PipelineStatistics], streams: Seque
     task.cancel()
 
 
-async def _watch(config: Config, pools: Pools, dashboard: str, gauges: RayMetrics, console: Console) -> PipelineStatistics:
+async def _watch(
+    config: Config, running: RunningPools, dashboard: str, gauges: RayMetrics, console: Console
+) -> PipelineStatistics:
     """Run the pipeline under the eyes of the table and the metrics."""
     pipeline: Pipeline
 
@@ -264,12 +266,17 @@ async def _watch(config: Config, pools: Pools, dashboard: str, gauges: RayMetric
         ExitStack() as shown,
     ):
         table = make_table(config.run.table, statistics, title=config.model.path, dashboard=dashboard, console=console)
+        pools = Pools(running.samplers, running.trainers, running.sync)
+        asked: dict[str, Counting] = {"samplers": running.samplers, "trainers": running.trainers, "sync": running.sync}
+        members = Members(asked, lambda: statistics().time, metrics)
         pipeline = Pipeline(config.run, config.cluster.trainer, pools, observers=(metrics, trace, table))
         shown.enter_context(table)
         async with asyncio.TaskGroup() as tasks:
-            drawing = tasks.create_task(table.run())
+            beside = [tasks.create_task(table.run()), tasks.create_task(members.run())]
             done = await pipeline.run(config.adapters)
-            drawing.cancel()
+            for task in beside:
+                task.cancel()
+        await members.ask()
         return done
 
 

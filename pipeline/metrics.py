@@ -1,13 +1,13 @@
 """Everything that is measured, on its way out: files, TensorBoard, gauges. An observer of `events`.
 
 `record(name, value, tags)` is a gauge of the outside (Ray gives it to Prometheus): name is a Prometheus name such as
-`weft_reward_mean`, tags are {"adapter": ...} or {"pool": ...}, always the same keys for one name.
+`weft_reward_mean`, tags are {"adapter": ...}, {"pool": ...} or {"pool": ..., "member": ...}, always the same keys for one name.
 
 In `folder`:
     metrics.jsonl         one line a step, appended; a step redone after a rollback or a resume has the same adapter and step,
                           and a later line (and, after a rollback or restore, a higher lineage): the last one counts
-    events.jsonl          one line for each other event: phases, groups, launches, syncs, evaluations, failures, warnings; each
-                          session (the run, started again) opens with {"event": "Session", ...}
+    events.jsonl          one line for each other event: phases, groups, launches, syncs, evaluations, failures, warnings, what
+                          the pools' processes count; each session (the run, started again) opens with {"event": "Session", ...}
     tensorboard/<adapter>/events.out.tfevents.*
 Names are those of the field: reward/mean, staleness/max, tokens/trained, loss, grad_norm, kl, entropy, logprob_diff,
 eval/reward; env/<name> is the environment's own. Numbers that are not finite are null.
@@ -31,7 +31,15 @@ from tensorboard.compat.proto.event_pb2 import SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from weft.pipeline.events import Evaluated, Event, LaunchEnded, PipelineStatistics, RolloutsChanged, StepTaken
+from weft.pipeline.events import (
+    Evaluated,
+    Event,
+    LaunchEnded,
+    MemberCounted,
+    PipelineStatistics,
+    RolloutsChanged,
+    StepTaken,
+)
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
@@ -138,6 +146,9 @@ class Metrics:
             values = {f"eval/{name}": value for name, value in event.metrics.items()} | {"eval/reward": event.reward}
             self._board(event.adapter).add(None, event.version, values, at)
             self._gauge(values, {"adapter": event.adapter})
+        elif isinstance(event, MemberCounted):
+            numbers = {f"member/{name}": value for name, value in event.numbers.items()}
+            self._gauge(numbers, {"pool": event.pool, "member": event.member})
         elif isinstance(event, LaunchEnded) and self._statistics is not None:
             for name, numbers in pool_values(self._statistics()).items():
                 self._gauge(numbers, {"pool": name})

@@ -27,8 +27,9 @@ def summarize(statistics: PipelineStatistics, history: History, wall_seconds: fl
 
     wall_seconds: of the command, from start to end, set-up of the cluster included; the seconds of earlier sessions that a
     resume continues are in `session_seconds`. staleness_violations: tokens trained beyond their adapter's bound, by what each
-    step recorded of its batch. logprob_diff: |trainer - sampler| in nats, mean and max over the steps' means. work: what an
-    adapter-step needs of each pool, and the split of processes that would do most (split.py); null without a step.
+    step recorded of its batch. logprob_diff: |trainer - sampler| in nats, mean and max over the steps' means. members: what
+    each process of the pools counted last. work: what an adapter-step needs of each pool, and the split of processes that would
+    do most (split.py); null without a step.
     """
     adapters = {
         name: _adapter(adapter, history.adapters.get(name) or AdapterHistory(name))
@@ -41,6 +42,7 @@ def summarize(statistics: PipelineStatistics, history: History, wall_seconds: fl
         "session_seconds": [end - start for start, end in zip(history.sessions, ends, strict=False)],
         "staleness_violations": sum(adapter["staleness_violations"] for adapter in adapters.values()),
         "pools": {"samplers": _pool(statistics.samplers), "trainers": _pool(statistics.trainers)},
+        "members": history.members,
         "work": account(history, samplers, statistics.trainers.capacity, statistics.samplers.capacity),
         "warnings": list(statistics.warnings),
         "adapters": adapters,
@@ -143,6 +145,9 @@ def print_closing(summary: Mapping[str, Any], console: Console) -> None:
     )
     for line in told_work(summary["work"]):
         console.print(line, style="dim", highlight=False)
+    died = [(name, numbers["deaths"]) for pool in summary["members"].values() for name, numbers in pool.items()]
+    if told := ", ".join(f"{name} {deaths:.0f}x" for name, deaths in died if deaths):
+        console.print(f"processes that died and were started again: {told}", style="yellow", highlight=False)
     for name, adapter in summary["adapters"].items():
         if "traceback" in adapter:
             last = adapter["traceback"].strip().splitlines()[-1]

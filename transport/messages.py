@@ -182,6 +182,8 @@ class SamplerStatistics:
     tokens_sampled: int
     installs: int
     busy_seconds: float
+    prompt_tokens: int = 0  # of all turns ...
+    cached_tokens: int = 0  # ... and of these, what the engine's prefix cache had
 
 
 # ---- requests to a trainer ----

@@ -94,7 +94,7 @@ class Sampler:
                     raise InstallError(f"no {message.ref.name}")
                 return messages.Group(self.installed[message.ref.name], message.prompt_index, ())
             case messages.GetStatistics():
-                return messages.SamplerStatistics(1, 2, (), 0, 0, 0, 0.0)
+                return messages.SamplerStatistics(1, 2, ("a/0/1",), 3, 0, 0, 0.0, 8, 5)
             case messages.DropAdapter():
                 self.told = [name for name in self.told if name != message.name]
                 self.installed.pop(message.name, None)
@@ -116,6 +116,8 @@ class Trainer:
                     raise AdapterFault("its weights cannot be made", kind="ValueError", traceback="here")
                 self.versions[message.config["name"]] = AdapterRef(message.config["name"], message.lineage, 0)
                 return messages.AdapterAdded()
+            case messages.GetStatistics():
+                return messages.TrainerStatistics(1, {"device": 1, "host": 2}, 0, 0, 0.0)
             case messages.TrainStep():
                 refs = [batch.ref for batch in message.batches]
                 assert all(self.versions[ref.name] == ref for ref in refs)
@@ -172,6 +174,8 @@ class Relay:
                 for handle in self.newest.values():
                     await self._install(message.sampler, handle.ref)
                 return messages.Done()
+            case messages.GetStatistics():
+                return messages.SyncStatistics(1, (), 0, 0, 7)
             case messages.LeaveSampler():
                 self.endpoints.pop(message.sampler, None)
                 return messages.Done()
@@ -341,6 +345,28 @@ def test_a_samplers_death_ends_its_rollouts_and_its_successor_has_every_adapters
             assert len(world.processes["sampler-0"]) == 2
             assert sorted(successor.told) == ["a", "b"]
             assert successor.installed == {"a": newer, "b": refs[1]}
+
+    asyncio.run(law())
+
+
+def test_what_processes_count_is_told_under_their_names_with_the_deaths_of_their_places() -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            counted = await pools.samplers.numbers()
+            assert counted["sampler-0"] == counted["sampler-1"]
+            assert counted["sampler-0"] == {
+                "deaths": 0, "ready": 1, "live_versions": 1, "rollouts_in_flight": 3, "tokens_sampled": 0, "installs": 0,
+                "busy_seconds": 0, "prompt_tokens": 8, "cached_tokens": 5,
+            }  # fmt: skip
+            assert (await pools.trainers.numbers())["trainer-0"]["adapters/host"] == 2
+            assert (await pools.sync.numbers())["relay"]["bytes_sent"] == 7
+            world.held_back.add("sampler-0")
+            await world.kill("sampler-0")
+            await world.until(lambda: pools.sampler_members[0].deaths == 1)
+            assert (await pools.samplers.numbers())["sampler-0"] == {"deaths": 1, "ready": 0}, "it has nothing to ask"
+            world.held_back.clear()
+            await pools.samplers.wait_ready()
+            assert (await pools.samplers.numbers())["sampler-0"] == {**counted["sampler-1"], "deaths": 1}
 
     asyncio.run(law())
 

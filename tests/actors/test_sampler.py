@@ -424,16 +424,26 @@ def test_between_turns_moves_to_the_newest_and_every_token_knows_its_version(ben
 
 
 def test_a_new_version_never_samples_over_the_prefix_cache_of_an_older_one(bench: Bench) -> None:
-    async def law() -> list[Group]:
+    async def law() -> tuple[list[Group], list[int]]:
         ref = await bench.adapter(words="a prompt of several cache blocks, the same for every version of the adapter " * 2)
-        groups = [await bench.rollout(ref), await bench.rollout(ref)]
+        groups, cached = [], [(await bench.statistics()).cached_tokens]
+
+        async def rollout() -> None:
+            groups.append(await bench.rollout(ref))
+            told = await bench.statistics()
+            assert told.cached_tokens <= told.prompt_tokens
+            cached.append(told.cached_tokens)
+
+        await rollout()
+        await rollout()
         for version in (2, 3):
             ref = dataclasses.replace(ref, version=version)
             await bench.publish(bench.reference.slab(ref))
-            groups.append(await bench.rollout(ref))
-        return groups
+            await rollout()
+        return groups, [now - before for before, now in itertools.pairwise(cached)]
 
-    groups = bench.run(law())
+    groups, cached = bench.run(law())
+    assert cached[1] > cached[0] == cached[2] == cached[3], "hits are of the same version alone"
     assert [group.ref.version for group in groups] == [1, 1, 2, 3]
     for group in groups:
         bench.check(group)
