@@ -25,7 +25,8 @@ from weft.actors.lora import LoraBatch
 from weft.actors.recompute import Recompute, choose_recompute
 from weft.actors.slab_batch import LinearGroup, SlabBatch
 from weft.kernels.fp8 import Fp8Weight, can_multiply, quantize_weight
-from weft.kernels.lora import fused_lora_linear, slab_linear, slab_swiglu_linear
+from weft.kernels.lora import fused_lora_linear, slab_linear, slab_mlp
+from weft.kernels.lora.products import frozen_linear
 from weft.kernels.lora.tables import Tables
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, lora: LoraBatch | Tables | None, source: Callable[[], Tensor] | None = None) -> Tensor:
         """x [T, I] -> [T, sum(widths)]. source: makes x again, where the backward needs it and it should not be kept."""
         if lora is None:
-            return F.linear(x, self.weight, self.bias)
+            return frozen_linear(x, self.weight, self.bias)
         if isinstance(lora, Tables):
             return slab_linear(x, self.weight, self.bias, lora, lora.groups[self.index], source)
         a, b = zip(*(lora.columns(name) for name in self.names), strict=True)
@@ -63,12 +64,6 @@ class Linear(nn.Module):
 
         assert self.narrow is not None
         return Fp8Linear(self.narrow, self.bias, tables, None if tables is None else tables.groups[self.index])
-
-    def after_swiglu(self, gate_up: Tensor, lora: LoraBatch | Tables | None) -> Tensor:
-        """gate_up [T, 2 I] -> [T, sum(widths)] of silu(gate) * up"""
-        if isinstance(lora, Tables):
-            return slab_swiglu_linear(gate_up, self.weight, self.bias, lora, lora.groups[self.index])
-        return self(swiglu(gate_up), lora)
 
 
 class Layer(nn.Module):
@@ -125,7 +120,10 @@ class Layer(nn.Module):
         q, k, v = heads(qkv, self.q_norm, self.k_norm, cos, sin, *sizes)
         delta = self.o(attention(q, k, v).flatten(1), lora)
         x, scaled, source = normed(self.mlp_norm)
-        return x, self.down.after_swiglu(self.gate_up(scaled, lora, source), lora)
+        if isinstance(lora, Tables):
+            frozen = [(linear.weight, linear.bias) for linear in (self.gate_up, self.down)]
+            return x, slab_mlp(scaled, *frozen, lora, (lora.groups[self.gate_up.index], lora.groups[self.down.index]), source)
+        return x, self.down(swiglu(self.gate_up(scaled, lora)), lora)
 
     def _forward_fp8(
         self,

@@ -1,19 +1,22 @@
 """kernels.lora on the card: each kernel at the shapes of Qwen3-4B, 32,768 tokens, rank 32, against the bytes it must move.
 
-    python benchmarks/kernels/bench_lora.py [--adapters 8] [--sweep]
+    python benchmarks/kernels/bench_lora.py [--adapters 8] [--sweep] [--only mlp]
 
-The check runs first. --sweep: other block sizes of expand.
+The check runs first. --sweep: other block sizes of expand and of the MLP.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 import triton
 
+from weft.kernels.layers.triton import swiglu_gradient
+from weft.kernels.lora import mlp
 from weft.kernels.lora import triton as kernels
 from weft.kernels.lora.tables import SlabGroup, Tables, build_tables
 
@@ -21,6 +24,10 @@ TOKENS, RANK, BANDWIDTH = 32768, 32, 4.3e12  # bytes a second of a device copy o
 SWEEP = (  # tokens and columns of a block, blocks of columns of a program, warps, stages
     (128, 128, 1, 8, 1), (64, 128, 1, 4, 1), (64, 64, 1, 4, 1), (64, 128, 4, 4, 1), (64, 128, 4, 4, 2), (64, 128, 16, 4, 2),
     (128, 64, 16, 4, 2), (128, 128, 4, 8, 1), (64, 256, 1, 8, 1), (64, 64, 8, 4, 1), (32, 256, 4, 4, 1),
+)  # fmt: skip
+MLP_SWEEP = (  # tokens and columns of a block, warps, stages, registers of a thread at most
+    (32, 64, 4, 3, None), (32, 64, 4, 3, 168), (32, 64, 4, 2, 168), (32, 64, 4, 2, None), (32, 128, 8, 3, None),
+    (32, 128, 8, 2, 128), (64, 64, 8, 2, 128), (32, 64, 4, 4, 168),
 )  # fmt: skip
 SHAPES = {"qkv": (2560, (4096, 1024, 1024)), "o": (4096, (2560,)), "gate_up": (2560, (9728, 9728)), "down": (9728, (2560,))}
 
@@ -36,7 +43,7 @@ class Problem:
         self.x, self.y = _random(TOKENS, in_features), _random(TOKENS, sum(widths))
         addresses = [np.array([[one.data_ptr() for one in part] for part in parts]) for parts in (self.a, self.b, *self.grads)]
         offsets = [n * (TOKENS // adapters) for n in range(adapters + 1)]
-        group = SlabGroup(in_features, widths, *addresses)
+        self.addresses = group = SlabGroup(in_features, widths, *addresses)
         self.tables: Tables = build_tables(
             torch.device("cuda"), TOKENS, offsets, [RANK] * adapters, [1.0] * adapters, [group], [False] * adapters
         )
@@ -89,13 +96,57 @@ def measure(name: str, own: Problem, sweep: bool) -> None:
         print(f"    expand {shape}: {took[0]:.3f} and {took[1]:.3f} ms", flush=True)
 
 
+def measure_mlp(adapters: int, sweep: bool) -> None:
+    """SwiGLU's backward and the sums that it makes in passing, against the kernels that do the same apart."""
+    gate_up, down = Problem(*SHAPES["gate_up"], adapters), Problem(*SHAPES["down"], adapters)
+    tables = joined(gate_up, down, adapters)
+    hidden, active, groups = _random(TOKENS, 2 * down.x.shape[1]), down.x, tables.groups
+    low, grad_low = (kernels.shrink(one.x, tables, own, "a") for one, own in zip((gate_up, down), groups, strict=True))
+
+    def apart() -> torch.Tensor:
+        grad, again = swiglu_gradient(hidden, active)
+        kernels.outer(grad_low, again, tables, groups[1], "grad_a")
+        kernels.outer(low, grad, tables, groups[0], "grad_b")
+        return grad
+
+    def sums() -> list[torch.Tensor]:
+        return [one.clone() for one in (down.grads[0][0][0], gate_up.grads[1][0][0], gate_up.grads[1][1][0])]
+
+    run = partial(mlp.swiglu_outer, hidden, active, low, grad_low, tables, *groups)
+    found, of_found, wanted, of_wanted = run(), sums(), apart(), sums()
+    assert torch.equal(found, wanted) and all(_error(*pair) < 1e-2 for pair in zip(of_found, of_wanted, strict=True)), "mlp"
+    count = 2 * 5 * active.numel()
+    for name, one in (("apart", apart), ("together", run)):
+        took = _time(one)
+        print(
+            f"mlp      {name:10} {took:7.3f} ms, {100 * count / BANDWIDTH / took * 1e3:5.1f} % of the copy's rate", flush=True
+        )
+    for block_t, block_c, warps, stages, registers in MLP_SWEEP if sweep else ():
+        mlp.SETTINGS.update(BLOCK_T=block_t, BLOCK_C=block_c, num_warps=warps, num_stages=stages, maxnreg=registers)
+        print(
+            f"    T={block_t} C={block_c} warps={warps} stages={stages} registers={registers}: {_time(run):.3f} ms", flush=True
+        )
+
+
+def joined(gate_up: Problem, down: Problem, adapters: int) -> Tables:
+    """Both in one batch's tables."""
+    offsets = [n * (TOKENS // adapters) for n in range(adapters + 1)]
+    groups = [gate_up.addresses, down.addresses]
+    return build_tables(torch.device("cuda"), TOKENS, offsets, [RANK] * adapters, [1.0] * adapters, groups, [False] * adapters)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--only", default="", help="one shape, or mlp")
     options = parser.parse_args()
     for name, (in_features, widths) in SHAPES.items():
+        if options.only not in ("", name):
+            continue
         measure(name, Problem(in_features, widths, options.adapters), options.sweep and name in ("qkv", "gate_up"))
+    if options.only in ("", "mlp"):
+        measure_mlp(options.adapters, options.sweep)
 
 
 if __name__ == "__main__":

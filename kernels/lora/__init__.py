@@ -59,8 +59,15 @@ def slab_linear(
     return linears.slab_linear(x, weight, bias, tables, group, source)
 
 
-def slab_swiglu_linear(gate_up: Tensor, weight: Tensor, bias: Tensor | None, tables: Tables, group: Group) -> Tensor:
-    """`slab_linear` of silu(gate) * up, gate_up [T, 2 I], which is not kept for the backward."""
+def slab_mlp(
+    x: Tensor,
+    gate_up: tuple[Tensor, Tensor | None],
+    down: tuple[Tensor, Tensor | None],
+    tables: Tables,
+    groups: tuple[Group, Group],
+    source: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """`slab_linear` of gate and up, SwiGLU, and that of down: x [T, H] -> [T, O]. gate_up, down: weight and bias."""
     from weft.kernels.lora import linears  # needs a GPU's driver, or its interpreter
 
-    return linears.slab_swiglu_linear(gate_up, weight, bias, tables, group)
+    return linears.slab_mlp(x, gate_up, down, tables, groups, source)

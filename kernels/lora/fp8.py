@@ -4,11 +4,11 @@ quantised where they are made. The adapters' kernels read the forward's rows in 
 T tokens, H hidden size, I in, O out, R rank.
 
     forward     q, scales = rows of x      kernels.fp8
-                out  = q W^T               cuBLAS    both sides in FP8
                 low  = s q A^T             shrink
-                out += low B^T             expand    in place, for an FP8 product has no sum in its epilogue
+                out  = low B^T             expand
+                out += q W^T               cuBLAS    both sides in FP8
     backward    g, scales = rows of dY     kernels.fp8
-                dX   = g W, += dlow A      cuBLAS, expand; dlow = s dY B   shrink
+                dX   = dlow A, += g W      expand, cuBLAS; dlow = s dY B   shrink
                 dA, dB                     outer
 """
 
@@ -22,6 +22,8 @@ from torch import Tensor
 from weft.kernels.fp8 import Fp8Weight, product
 from weft.kernels.fp8.triton import norm_rows, quantize_rows, swiglu_rows
 from weft.kernels.layers.triton import norm_gradient, swiglu_gradient
+from weft.kernels.lora.mlp import swiglu_outer
+from weft.kernels.lora.products import add_fp8_product, can_add_fp8
 from weft.kernels.lora.tables import Group, Tables
 from weft.kernels.lora.triton import expand, outer, shrink
 
@@ -36,25 +38,32 @@ class Fp8Linear(NamedTuple):
     tables: Tables | None
     group: Group | None
 
+    @property
+    def trains(self) -> bool:
+        return self.group is not None and self.group.trains
+
     def forward(self, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """-> out [T, O] of dtype, and low where there are adapters."""
-        out = product(*rows, self.weight.rows, self.weight.row_scales, self.bias, dtype)
+        weight = self.weight
         if self.tables is None or self.group is None or not self.group.touched:
-            return out, None
+            return product(*rows, weight.rows, weight.row_scales, self.bias, dtype), None
         low = shrink(rows[0], self.tables, self.group, "a", rows[1], dtype)
-        expand(low, self.tables, self.group, "b", None, out)
-        return out, low
+        return self._added(rows, weight.rows, weight.row_scales, low, "b", self.bias), low
+
+    def _added(self, rows: Rows, weight: Tensor, scales: Tensor, low: Tensor, kind: str, bias: Tensor | None) -> Tensor:
+        """The product, and low's deltas: written first where it can add itself to them, for the other way they are read too."""
+        assert self.tables is not None and self.group is not None
+        if can_add_fp8(rows[0], weight):
+            return add_fp8_product(expand(low, self.tables, self.group, kind, bias), *rows, weight, scales)
+        return expand(low, self.tables, self.group, kind, None, product(*rows, weight, scales, bias, low.dtype))
 
     def backward(self, grad: Tensor, wanted: bool = True) -> tuple[Tensor | None, Tensor | None]:
         """grad: dY [T, O] -> dX [T, I], where it is wanted, and dlow where there are adapters."""
-        grad_x = grad_low = None
-        if wanted:
-            grad_x = product(*quantize_rows(grad), self.weight.columns, self.weight.column_scales, None, grad.dtype)
-        if self.tables is not None and self.group is not None and self.group.touched:
-            grad_low = shrink(grad, self.tables, self.group, "b")
-            if grad_x is not None:
-                expand(grad_low, self.tables, self.group, "a", None, grad_x)
-        return grad_x, grad_low
+        weight, scales = self.weight.columns, self.weight.column_scales
+        if self.tables is None or self.group is None or not self.group.touched:
+            return product(*quantize_rows(grad), weight, scales, None, grad.dtype) if wanted else None, None
+        grad_low = shrink(grad, self.tables, self.group, "b")
+        return self._added(quantize_rows(grad), weight, scales, grad_low, "a", None) if wanted else None, grad_low
 
     def gradients(self, x: Tensor, scales: Tensor | None, grad: Tensor, low: Tensor | None, grad_low: Tensor | None) -> None:
         """Adds to the adapters' slabs. x: the input, or with scales its rows."""
@@ -159,13 +168,21 @@ class _NormMlp(torch.autograd.Function):
         gate_up, down = ctx.linears
         grad_out = grad_out.contiguous()
         grad_active, grad_low = down.backward(grad_out)
-        grad_hidden, active = swiglu_gradient(hidden, grad_active)
+        together = gate_up.trains and down.trains and gate_up.tables is down.tables
+        if together:
+            outer(low_down, grad_out, down.tables, down.group, "grad_b")
+            grad_hidden = swiglu_outer(hidden, grad_active, low, grad_low, down.tables, gate_up.group, down.group)
+        else:
+            grad_hidden, active = swiglu_gradient(hidden, grad_active)
+            down.gradients(active, None, grad_out, low_down, grad_low)
+            del active
         del grad_active
-        down.gradients(active, None, grad_out, low_down, grad_low)
-        del active
         grad_normed, grad_low = gate_up.backward(grad_hidden, ctx.needs_input_grad[0])
         if low is not None:
             _, *rows = (total, *kept) if kept else norm_rows(total, None, norm, ctx.eps)
-            gate_up.gradients(rows[0], rows[1], grad_hidden, low, grad_low)
+            if together:
+                outer(grad_low, rows[0], gate_up.tables, gate_up.group, "grad_a", rows[1])
+            else:
+                gate_up.gradients(rows[0], rows[1], grad_hidden, low, grad_low)
         grad_x = norm_gradient(grad_normed, grad_total, total, norm, ctx.eps) if grad_normed is not None else None
         return grad_x, grad_x if ctx.both else None, None, None, None, None, None, None

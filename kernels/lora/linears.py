@@ -9,6 +9,7 @@ T tokens, P parts of a fused linear, R rank, I in, O out.
                 dX   = dlow A, += dY W     expand, cuBLAS
                 dA  += dlow^T x            outer     straight into the adapter's fp32 gradient slab
                 dB  += dY^T low            outer
+An MLP is one function, for SwiGLU's backward makes three of these sums in passing (mlp.py).
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from weft.kernels.layers.triton import swiglu, swiglu_gradient, swiglu_rows
+from weft.kernels.layers.triton import swiglu, swiglu_rows
+from weft.kernels.lora.mlp import swiglu_outer
+from weft.kernels.lora.products import add_product, frozen_linear
 from weft.kernels.lora.tables import Group, Tables
 from weft.kernels.lora.triton import expand, outer, shrink
+
+Frozen = tuple[Tensor, Tensor | None]  # weight [O, I], bias [O]
 
 
 def slab_linear(
@@ -32,16 +36,24 @@ def slab_linear(
     gradient slabs itself. source: makes x again for the backward, so that x need not be kept."""
     assert not weight.requires_grad, "the base is frozen: its weight would get no gradient here"
     if not group.touched:
-        return F.linear(x, weight, bias)
+        return frozen_linear(x, weight, bias)
     out: Tensor = _SlabLinear.apply(x, tables.anchor, weight, bias, tables, group, source)
     return out
 
 
-def slab_swiglu_linear(gate_up: Tensor, weight: Tensor, bias: Tensor | None, tables: Tables, group: Group) -> Tensor:
-    """`slab_linear` of silu(gate) * up, gate_up [T, 2 I]."""
-    if not group.touched:
-        return F.linear(swiglu(gate_up), weight, bias)
-    out: Tensor = _SlabSwigluLinear.apply(gate_up, tables.anchor, weight, bias, tables, group)
+def slab_mlp(
+    x: Tensor,
+    gate_up: Frozen,
+    down: Frozen,
+    tables: Tables,
+    groups: tuple[Group, Group],
+    source: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """x [T, H] -> [T, O]: gate and up, SwiGLU, down, each linear as `slab_linear` has it."""
+    if not all(group.touched and group.trains for group in groups):
+        hidden = slab_linear(x, *gate_up, tables, groups[0], source)
+        return slab_linear(swiglu(hidden), *down, tables, groups[1])
+    out: Tensor = _SlabMlp.apply(x, tables.anchor, gate_up, down, tables, groups, source)
     return out
 
 
@@ -59,7 +71,7 @@ class _SlabLinear(torch.autograd.Function):
     ) -> Tensor:
         low = shrink(x, tables, group, "a")
         out = expand(low, tables, group, "b", bias)
-        out.addmm_(x, weight.t())
+        add_product(out, x, weight)
         ctx.save_for_backward(x if source is None else None, low, weight)
         ctx.tables, ctx.group, ctx.source = tables, group, source
         return out
@@ -73,7 +85,7 @@ class _SlabLinear(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = expand(grad_low, tables, group, "a", None)
-            grad_x.addmm_(grad_out, weight)
+            add_product(grad_x, grad_out, weight, transposed=True)
         if group.trains:
             outer(grad_low, ctx.source() if x is None else x, tables, group, "grad_a")
             ctx.source = None  # what it holds may go
@@ -81,31 +93,43 @@ class _SlabLinear(torch.autograd.Function):
         return grad_x, None, None, None, None, None, None
 
 
-class _SlabSwigluLinear(torch.autograd.Function):
-    """SwiGLU and the linear after it: its output is not kept, for SwiGLU's own backward has all it takes to write it again."""
+class _SlabMlp(torch.autograd.Function):
+    """SwiGLU's output is not kept, for its own backward has all that it takes to make it again."""
 
     @staticmethod
     def forward(
-        ctx: Any, gate_up: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, tables: Tables, group: Group
+        ctx: Any,
+        x: Tensor,
+        anchor: Tensor,
+        gate_up: Frozen,
+        down: Frozen,
+        tables: Tables,
+        groups: tuple[Group, Group],
+        source: Callable[[], Tensor] | None,
     ) -> Tensor:
-        x = swiglu_rows(gate_up)
-        low = shrink(x, tables, group, "a")
-        out = expand(low, tables, group, "b", bias)
-        out.addmm_(x, weight.t())
-        ctx.save_for_backward(gate_up, low, weight)
-        ctx.tables, ctx.group = tables, group
+        low = shrink(x, tables, groups[0], "a")
+        hidden = add_product(expand(low, tables, groups[0], "b", gate_up[1]), x, gate_up[0])
+        active = swiglu_rows(hidden)
+        low_down = shrink(active, tables, groups[1], "a")
+        out = add_product(expand(low_down, tables, groups[1], "b", down[1]), active, down[0])
+        ctx.save_for_backward(x if source is None else None, low, hidden, low_down)
+        ctx.weights, ctx.tables, ctx.groups, ctx.source = (gate_up[0], down[0]), tables, groups, source
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        gate_up, low, weight = ctx.saved_tensors
-        tables, group = ctx.tables, ctx.group
+        x, low, hidden, low_down = ctx.saved_tensors
+        tables, (gate_up, down), weights = ctx.tables, ctx.groups, ctx.weights
         grad_out = grad_out.contiguous()
-        grad_low = shrink(grad_out, tables, group, "b")
-        grad_x = expand(grad_low, tables, group, "a", None)
-        grad_x.addmm_(grad_out, weight)
-        grad_gate_up, x = swiglu_gradient(gate_up, grad_x)
-        if group.trains:
-            outer(grad_low, x, tables, group, "grad_a")
-            outer(low, grad_out, tables, group, "grad_b")
-        return grad_gate_up, None, None, None, None, None
+        grad_low = shrink(grad_out, tables, down, "b")
+        grad_active = add_product(expand(grad_low, tables, down, "a", None), grad_out, weights[1], transposed=True)
+        outer(low_down, grad_out, tables, down, "grad_b")
+        grad_hidden = swiglu_outer(hidden, grad_active, low, grad_low, tables, gate_up, down)
+        del grad_active
+        grad_low = shrink(grad_hidden, tables, gate_up, "b")
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = add_product(expand(grad_low, tables, gate_up, "a", None), grad_hidden, weights[0], transposed=True)
+        outer(grad_low, ctx.source() if x is None else x, tables, gate_up, "grad_a")
+        ctx.source = None  # what it holds may go
+        return grad_x, None, None, None, None, None, None

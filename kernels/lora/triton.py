@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from weft.kernels.lora.tables import TILE, Group, Tables
+from weft.kernels.lora.tables import TILE, Group, RankClass, Tables
 
 ROW = 16  # columns that divide the width of `low`
 WIDEST_SHARED = 128  # rows of all parts that one program of shrink or outer holds; beyond it each part reads for itself
@@ -95,8 +95,20 @@ def outer(low: Tensor, y: Tensor, tables: Tables, group: Group, kind: str, scale
             BLOCK_T=64, num_warps=8 if block_r * block_c >= 16384 else 4, num_stages=_stages(low) - 1, **shape,
         )  # fmt: skip
         if own.slots:
-            grid = (triton.cdiv(wide, SUMMED), parts // together, len(own.sums))
-            _add_slots[grid](sums, own.sums, *places, wide, part_rows, group.in_features, **shape | {"BLOCK_C": SUMMED})
+            add_slots(sums, tables, own, group, kind, together, part_rows, block_r)
+
+
+def add_slots(
+    sums: Tensor, tables: Tables, own: RankClass, group: Group, kind: str, together: int, part_rows: int, block_r: int
+) -> None:
+    """The sums of chunks [slots, parts / together, part_rows, widest part] to the gradient slabs."""
+    shared, parts = kind == "grad_a", len(group.widths)
+    wide = group.in_features if shared else max(group.widths)
+    _add_slots[(triton.cdiv(wide, SUMMED), parts // together, len(own.sums))](
+        sums, own.sums, tables.wide, tables.ranks, tables.accumulate, group.first[kind], group.first["columns"],
+        tables.adapters, wide, part_rows, group.in_features, PARTS=together, TRANSPOSED=not shared, ALIGN=group.align,
+        BLOCK_R=block_r, BLOCK_C=SUMMED,
+    )  # fmt: skip
 
 
 def _column_step(group: Group, x: Tensor) -> int:

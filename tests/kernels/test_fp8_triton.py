@@ -75,14 +75,14 @@ class Problem:
             [[torch.zeros(leaf.shape, device=DEVICE) for leaf in part] for part in parts] for parts in (self.a, self.b)
         ]
 
-    def own(self) -> linears.Fp8Linear:
+    def group(self) -> SlabGroup:
         def address(parts: list[list[Tensor]]) -> np.ndarray:
             return np.array([[leaf.data_ptr() for leaf in part] for part in parts], np.int64)
 
-        group = SlabGroup(self.inputs, self.widths, *(address(parts) for parts in (self.a, self.b, *self.grads)))
-        size = torch.finfo(KIND).bits // 8
-        tables = build_tables(DEVICE, TOKENS, OFFSETS, RANKS, SCALES, [group], [True] * len(RANKS), size)
-        return linears.Fp8Linear(fp8.quantize_weight(self.weight), None, tables, tables.groups[0])
+        return SlabGroup(self.inputs, self.widths, *(address(parts) for parts in (self.a, self.b, *self.grads)))
+
+    def own(self) -> linears.Fp8Linear:
+        return owns(self)[0]
 
     def reference(self, x: Tensor, base: Tensor) -> tuple[Tensor, list[Tensor]]:
         """-> out over the weight `base` in fp64, and the leaves that get gradients: x, A, B."""
@@ -92,6 +92,14 @@ class Problem:
 
     def found(self) -> list[Tensor]:
         return [leaf for side in self.grads for part in side for n, leaf in enumerate(part) if n != 1]
+
+
+def owns(*problems: Problem) -> list[linears.Fp8Linear]:
+    """Several linears of one batch."""
+    size, groups = torch.finfo(KIND).bits // 8, [problem.group() for problem in problems]
+    tables = build_tables(DEVICE, TOKENS, OFFSETS, RANKS, SCALES, groups, [True] * len(RANKS), size)
+    weights = [fp8.quantize_weight(problem.weight) for problem in problems]
+    return [linears.Fp8Linear(weight, None, tables, group) for weight, group in zip(weights, tables.groups, strict=True)]
 
 
 @pytest.mark.parametrize("widths", [(48,), (16, 32, 16)])
@@ -120,7 +128,7 @@ def test_a_block_is_near_the_exact_one_and_a_planted_error_is_not(again: bool) -
     up, down, norm = Problem(32, (64, 64)), Problem(64, (32,), seed=3), random(32).abs() + 0.5
     x, delta, grads = random(TOKENS, 32), random(TOKENS, 32, seed=1), (random(TOKENS, 32, seed=2), random(TOKENS, 32, seed=4))
     x.requires_grad_(), delta.requires_grad_()
-    linears_of = [up.own(), down.own()]
+    linears_of = owns(up, down)
     total, out = linears.norm_mlp(x, delta, norm, 1e-6, *linears_of, again)
     found = torch.autograd.grad((total, out), (x, delta), grads)
     assert torch.equal(found[0], found[1])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from weft.kernels.lora import linears, reference
+from weft.kernels.lora import linears, products, reference
 from weft.kernels.lora import triton as kernels
 from weft.kernels.lora.tables import SlabGroup, build_tables
 
@@ -160,21 +160,128 @@ def test_a_planted_error_is_caught(plant: str) -> None:
     assert not close(found[1], wanted[1], 1e-5)
 
 
-def test_after_swiglu_the_linear_and_its_gradients_are_those_of_the_two() -> None:
-    fused, apart = Problem("mixed ranks"), Problem("mixed ranks")
-    gate_up = torch.randn(fused.total, 2 * IN, generator=fused.draw).to(DEVICE).requires_grad_()
-    tables = fused.tables()
-    found = linears.slab_swiglu_linear(gate_up, fused.weight, fused.bias, tables, tables.groups[0])
-    x = torch.nn.functional.silu(gate_up[:, :IN]) * gate_up[:, IN:]
-    other = apart.tables()
-    wanted = linears.slab_linear(x, apart.weight, apart.bias, other, other.groups[0])
-    assert close(found.detach(), wanted.detach().double(), 1e-5)
-    weights = fused.weights(found)
-    gradients = [torch.autograd.grad((out * weights).sum(), gate_up)[0] for out in (found, wanted)]
-    assert close(gradients[0], gradients[1].double(), 1e-5)
-    for one, two in zip(fused.grads, apart.grads, strict=True):
-        assert all(close(*pair, 1e-5) for parts in zip(one, two, strict=True)
-                   for pair in zip(*[[leaf.double() for leaf in part] for part in parts], strict=True))  # fmt: skip
+class Mlp:
+    """Gate and up, SwiGLU and down with the same adapters: IN in, WIDE between, three out of down's fused linear's place."""
+
+    def __init__(self, case: str, wide: int = 20, dtype: torch.dtype = torch.float32, missing=()) -> None:
+        self.outer = Problem(case, dtype, inputs=wide)  # draws, ranks, offsets
+        own = self.outer
+
+        def draw(*shape: int) -> Tensor:
+            return own.random(*shape) / 4  # products of products must stay within narrow floats
+
+        self.x = draw(own.total, IN).requires_grad_()
+        self.sizes = ((IN, (wide, wide)), (wide, (IN,)))
+        self.frozen = [(draw(sum(widths), size), draw(sum(widths))) for size, widths in self.sizes]
+        self.pairs = [
+            [
+                [None if (p, n) in missing and index == 0 else draw(r, size) for n, r in enumerate(own.ranks)]
+                for p in range(len(widths))
+            ]
+            for index, (size, widths) in enumerate(self.sizes)
+        ]
+        self.others = [
+            [
+                [None if self.pairs[index][p][n] is None else draw(width, r) for n, r in enumerate(own.ranks)]
+                for p, width in enumerate(widths)
+            ]
+            for index, (_, widths) in enumerate(self.sizes)
+        ]
+        self.grads = [
+            [
+                [[leaf if leaf is None else torch.full_like(leaf, 3.0, dtype=torch.float32) for leaf in part] for part in parts]
+                for parts in pair
+            ]
+            for pair in zip(self.pairs, self.others, strict=True)
+        ]
+
+    def run(self, accumulate: bool = True, trains: bool = True):
+        """-> output, gradient of x."""
+        own = self.outer
+
+        def address(parts, there: bool = True):
+            return np.array(
+                [[0 if leaf is None or not there else leaf.data_ptr() for leaf in part] for part in parts], np.int64
+            )
+
+        groups = [
+            SlabGroup(
+                size, widths, address(self.pairs[i]), address(self.others[i]), *(address(g, trains) for g in self.grads[i])
+            )
+            for i, (size, widths) in enumerate(self.sizes)
+        ]
+        flags = [accumulate] * len(own.ranks)
+        tables = build_tables(DEVICE, own.total, own.offsets, own.ranks, own.scales, groups, flags, self.x.element_size())
+        out = linears.slab_mlp(self.x, *self.frozen, tables, tables.groups)
+        return out.detach(), torch.autograd.grad((out * own.weights(out)).sum(), self.x)[0]
+
+    def reference(self):
+        own = self.outer
+        x = self.x.detach().double().requires_grad_()
+        leaves = [[[[leaf if leaf is None else leaf.double().requires_grad_() for leaf in part] for part in parts]
+                   for parts in pair] for pair in zip(self.pairs, self.others, strict=True)]  # fmt: skip
+
+        def linear(index: int, rows: Tensor) -> Tensor:
+            weight, bias = (one.double() for one in self.frozen[index])
+            return reference.fused_lora_linear(
+                rows, weight, bias, self.sizes[index][1], *leaves[index], own.scales, own.offsets
+            )
+
+        gate, up = linear(0, x).chunk(2, dim=1)
+        out = linear(1, torch.nn.functional.silu(gate) * up)
+        (out * own.weights(self.x.new_empty(out.shape)).double()).sum().backward()
+        return out.detach(), x.grad, leaves
+
+    def agrees(self, tolerance: float, accumulate: bool = True) -> bool:
+        out, grad_x = self.run(accumulate)
+        wanted, wanted_x, leaves = self.reference()
+        good = close(out, wanted, tolerance) and close(grad_x, wanted_x, tolerance)
+        flat = [(own, leaf) for pair in zip(self.grads, leaves, strict=True) for parts in zip(*pair, strict=True)
+                for part in zip(*parts, strict=True) for own, leaf in zip(*part, strict=True)]  # fmt: skip
+        for found, leaf in flat:
+            if found is not None:
+                before = 3.0 if accumulate or leaf.grad is None else 0.0
+                good &= close(found - before, torch.zeros_like(leaf) if leaf.grad is None else leaf.grad, tolerance)
+        return good
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_mlp_and_its_gradients_equal_the_reference(case: str) -> None:
+    assert Mlp(case).agrees(1e-5)
+    assert Mlp(case, wide=64).agrees(1e-5, accumulate=case == "one has no tokens")
+
+
+def test_an_mlp_of_narrow_floats_or_less_a_part_equals_the_reference() -> None:
+    assert Mlp("mixed ranks", dtype=NARROW).agrees(3e-2)
+    assert Mlp("mixed ranks", missing=((1, 0), (0, 2))).agrees(1e-5)
+
+
+def test_an_mlp_sums_a_long_adapter_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weft.kernels.lora.tables.CHUNK", 32)
+    assert Mlp("mixed ranks").agrees(1e-5)
+
+
+def test_an_mlp_without_gradients_of_adapters_gives_the_same_output_and_input_gradient() -> None:
+    with_them, without = Mlp("mixed ranks").run(), (frozen := Mlp("mixed ranks")).run(trains=False)
+    assert all(close(one, other.double(), 1e-5) for one, other in zip(with_them, without, strict=True))
+    assert all(bool((leaf == 3.0).all()) for pair in frozen.grads for parts in pair for part in parts for leaf in part)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_product_adds_itself_to_what_is_there(transposed: bool) -> None:
+    draw = torch.Generator().manual_seed(1)
+    tokens, narrow = products.FEWEST, torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    x, weight, before = (
+        torch.randn(shape, generator=draw).to(DEVICE, narrow)
+        for shape in ((tokens, 32 if transposed else 16), (32, 16), (tokens, 16 if transposed else 32))
+    )
+    wanted = before.double() + x.double() @ (weight.double() if transposed else weight.double().t())
+    assert close(products.add_product(before.clone(), x, weight, transposed), wanted, 1e-2)
+    if not transposed:
+        leaf = x.clone().requires_grad_()
+        out = products.frozen_linear(leaf, weight, None)
+        assert close(out.detach(), wanted - before.double(), 1e-2)
+        assert close(torch.autograd.grad(out.sum(), leaf)[0], weight.double().sum(0).expand(tokens, -1), 1e-2)
 
 
 def test_an_input_made_again_for_the_backward_changes_nothing() -> None:
