@@ -18,7 +18,7 @@ from weft.actors.slab_batch import SlabBatch
 from weft.kernels.logprob import token_logprobs
 from weft.kernels.optim import adamw_step, adamw_steps
 
-RANKS, ROWS = (32, 8, 20, 128), ((64, 64), (64,), (64, 64, 64), (64,))
+RANKS, ROWS = (32, 8, 24, 16), ((64, 64), (64,), (64, 64, 64), (64,))
 BOUND = 3e-2  # of a bf16 gradient's relative error, norm against norm
 FP8_BOUND = 0.2  # of the same where the base's products are in FP8
 JOINT_BOUND = 1e-2  # of the same between a step beside others and a step alone

@@ -18,6 +18,7 @@ from weft.kernels.logprob import token_logprobs
 from weft.kernels.optim import SlabStep, adamw_steps
 
 RULE = {"lr": 1e-5, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01, "max_grad_norm": 1.0}
+LOOPED = 16  # of PEFT's adapters, which it trains one after the other
 QWEN3_4B = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -195,7 +196,7 @@ def backward(hidden: Tensor, decoder: Decoder, batch: Batch, at: slice) -> None:
 class Peft:
     """PEFT and transformers, one adapter at a time: forward, backward, clip, fused AdamW; bf16 throughout, sdpa, no recompute,
     at most `most` tokens in one call (what fits, and no slower a token than fewer). One adapter stands for all of them, so that
-    it never pays for swapping."""
+    it never pays for swapping; of a loop over many, LOOPED turns are timed and stand for the rest."""
 
     name = "peft"
 
@@ -204,6 +205,8 @@ class Peft:
         from transformers import Qwen3Config, Qwen3ForCausalLM
 
         self.case, self.most = case, most
+        self.looped = min(case.adapters, LOOPED)
+        self.stands_for = case.adapters / self.looped
         settings = Qwen3Config(**{key: value for key, value in config.items() if key != "architectures"})
         settings._attn_implementation = "sdpa"
         with torch.device(device):
@@ -220,7 +223,7 @@ class Peft:
 
     def step(self) -> None:
         case = self.case
-        for n in range(case.adapters):
+        for n in range(self.looped):
             start = n * case.tokens_each
             for at in range(0, case.tokens_each, max(self.most, case.row)):
                 count = min(max(self.most, case.row), case.tokens_each - at)

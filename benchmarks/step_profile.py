@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity
 
 KINDS = {  # the first whose word is in a kernel's name
     "fp8 rows": ("_fp8_",),
+    "swiglu and its sums": ("_swiglu_outer",),
     "lora shrink": ("_shrink",),
     "lora expand": ("_expand",),
     "lora outer": ("_outer", "_add_slots"),
@@ -34,6 +35,7 @@ def profile(step: Callable[[], None]) -> dict[str, float]:
         step()
         torch.cuda.synchronize()
     spent: dict[str, float] = defaultdict(float)
+    spans: list[tuple[float, float]] = []
     kernels: dict[str, list[float]] = defaultdict(list)
     for event in seen.events():
         if event.device_type != torch.autograd.DeviceType.CUDA:
@@ -42,7 +44,21 @@ def profile(step: Callable[[], None]) -> dict[str, float]:
         kind = next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "other")
         spent[kind] += event.device_time / 1e3
         kernels[event.name].append(event.device_time / 1e3)
+        spans.append((event.time_range.start, event.time_range.end))
     largest = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:SHOWN]
-    whole = {"all": sum(spent.values()), **dict(sorted(spent.items(), key=lambda item: -item[1]))}
+    whole = {
+        "all": sum(spent.values()),
+        "idle between kernels": idle(spans) / 1e3,
+        **dict(sorted(spent.items(), key=lambda item: -item[1])),
+    }
     whole |= {f"{len(times)} x {name[:80]}": sum(times) for name, times in largest}
     return {name: round(value, 2) for name, value in whole.items()}
+
+
+def idle(spans: list[tuple[float, float]]) -> float:
+    """Of the time from the first kernel's start to the last one's end, what no kernel covers."""
+    gaps, end = 0.0, min(start for start, _ in spans)
+    for start, stop in sorted(spans):
+        gaps += max(0.0, start - end)
+        end = max(end, stop)
+    return gaps

@@ -108,7 +108,8 @@ class Turns:
             contender.step()
             _wait(self.device)
             if index >= 0:
-                self.times.setdefault(name, []).append(time.perf_counter() - began)
+                took = time.perf_counter() - began
+                self.times.setdefault(name, []).append(took * getattr(contender, "stands_for", 1))
         if self.device.type == "cuda":
             self.memory[name] = max(self.memory.get(name, 0.0), torch.cuda.max_memory_allocated() / 2**30)
 
@@ -146,7 +147,7 @@ def measure(case: Case, config: dict[str, Any], device: torch.device, options: a
         made: list[Peft] = []
         contenders["peft"] = lambda: made[0] if made else made.append(Peft(case, device, config)) or made[0]
     rows = Turns(case, config, device, options.runs, options.rounds).run(contenders)
-    for row in rows if options.profile else []:
+    for row in rows if case.name in chosen(options.profile.split(",")) else []:
         if "fault" not in row and row["contender"] in ("weft", "weft, base in FP8", Base.name):
             row["profile_ms"] = profile(contenders[row["contender"]]().step)
             _free(device)
@@ -189,12 +190,12 @@ def _free(device: torch.device) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a tiny shape on this CPU")
-    parser.add_argument("--cases", default="", help="names, or parts of names, divided by commas")
+    parser.add_argument("--cases", default="", help="names, or parts of names, divided by commas, in the order in which to run")
     parser.add_argument("--runs", type=int, default=5, help="timed runs of each turn")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each contender")
     parser.add_argument("--no-peft", dest="peft", action="store_false")
     parser.add_argument("--no-solo", dest="solo", action="store_false")
-    parser.add_argument("--profile", action="store_true", help="time by kind of kernel, of weft's step")
+    parser.add_argument("--profile", default="", help="time by kind of kernel, of weft's step: of these cases, named likewise")
     parser.add_argument("--learning", type=int, default=24, help="steps of the learning run; 0: none")
     parser.add_argument(
         "--keep", action="store_true", help="rows and learning that the result has already, and that do not run now"
@@ -217,8 +218,7 @@ def main() -> None:
     name = torch.cuda.get_device_name().split()[-1].lower() if device.type == "cuda" else "cpu"
     path = options.output or RESULTS / f"train_step-{name}.json"
     result = begin(device, checked, path, options)
-    parts = [part for part in options.cases.split(",") if part]
-    cases = SMOKE if options.smoke else {n: c for n, c in CASES.items() if not parts or any(part in n for part in parts)}
+    cases = SMOKE if options.smoke else chosen(options.cases.split(",")) if options.cases else CASES
     for case in cases.values():
         rows = measure(case, SMALL if options.smoke else QWEN3_4B, device, options)
         for row in rows:
@@ -233,6 +233,11 @@ def main() -> None:
         result["learning"] = learn(device, 1 if options.smoke else options.learning, ("full", "fp8")[: 1 + (name != "cpu")])
     if not options.smoke or options.output:
         finish(path, result)
+
+
+def chosen(parts: list[str]) -> dict[str, Case]:
+    """The cases that have one of these parts in their names, in the order of the parts."""
+    return {name: case for part in parts if part for name, case in CASES.items() if part in name}
 
 
 def check_alone() -> None:
