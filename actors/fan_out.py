@@ -27,7 +27,7 @@ from weft.transport.messages import AdapterRef, GetStatistics, Install, Receive,
 T = TypeVar("T")
 Slab = Callable[[], torch.Tensor]  # gives the bytes, uint8 [nbytes], on whatever thread it is called; again when called again
 ROUNDS = 3  # broadcasts of one slab that may fail before it has failed
-MAX_GROUPS = 4  # kept for the sets of samplers seen last
+MAX_GROUPS = 12  # kept for the sets of samplers seen last: adapters live on different ones
 _log = logging.getLogger(__name__)
 
 

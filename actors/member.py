@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 from weft.transport import messages
-from weft.transport.errors import PeerDiedError, StartError, WeftError
+from weft.transport.errors import DeadlineError, PeerDiedError, StartError, WeftError
 
 STATISTICS_DEADLINE_S = 5.0
 RESTARTS = 5
@@ -235,6 +235,16 @@ def numbers(statistics: Any) -> dict[str, float]:
         elif isinstance(value, int | float) and not name.endswith("pid"):
             found[name] = float(value)
     return found
+
+
+async def dropped(name: str, member: Member, asked: Awaitable[Any]) -> None:
+    """Returns when this process has dropped the adapter. One that does not in time is of no use, and would give or take places
+    for what is no more; the process that follows it never hears of that, nor that of one that has died."""
+    try:
+        with suppress(PeerDiedError):
+            await asked
+    except DeadlineError as error:
+        member.condemn(f"it did not drop {name}: {error}")
 
 
 async def together(*calls: Coroutine[Any, Any, T]) -> list[T]:

@@ -2,7 +2,7 @@
 
     Distribute ──> fan_out.py, which takes the slab (the trainer goes on) ──> every sampler has installed it: it is the newest
                ──> Retire(supersedes) ──> Distributed
-    JoinSampler ──> the newest of every adapter, to this sampler alone ──> Done
+    Serve      ──> the newest of one adapter, to a sampler that is to serve it from now on ──> Done;  Withdraw: no more
 
 What it keeps is the newest slab of each adapter, newest being what every serving sampler has acknowledged. Syncs of one adapter
 go in order; those of different adapters overlap, except that one slab at a time is broadcast.
@@ -28,7 +28,7 @@ from weft.actors.fan_out import Client, FanOut, Peer, ask_all
 from weft.actors.slab_ipc import Taker
 from weft.configs.schema import SyncConfig
 from weft.transport import channel
-from weft.transport.errors import InstallError, PeerDiedError, WeftError
+from weft.transport.errors import InstallError, PeerDiedError
 from weft.transport.messages import (
     AdapterRef,
     Distribute,
@@ -39,8 +39,10 @@ from weft.transport.messages import (
     JoinSampler,
     LeaveSampler,
     Retire,
+    Serve,
     SlabHandle,
     SyncStatistics,
+    Withdraw,
 )
 
 DEVICE_BYTES = 8 << 30  # of slabs that are kept on a GPU, which is a trainer's; more go to the host, those not sent for longest
@@ -98,6 +100,10 @@ class ParamSync:
                 return await self._distribute(message)
             case JoinSampler():
                 return await self._join(message)
+            case Serve():
+                return await self._serve(message)
+            case Withdraw():
+                return await self._withdraw(message)
             case LeaveSampler():
                 return await self._leave(message.sampler)
             case DropAdapter():
@@ -155,26 +161,33 @@ class ParamSync:
         await self._leave(message.sampler)
         peer = Peer(message.sampler, message.endpoint, self._connect(message.endpoint))
         self._peers[message.sampler] = peer
-        try:
-            await self._give_all(peer)
-        except WeftError:
-            if self._peers.get(message.sampler) is peer:
-                await self._leave(message.sampler)
-            raise
-        return Done()
-
-    async def _give_all(self, peer: Peer) -> None:
-        """The newest version of every adapter, to this peer; also of those that come while this goes on."""
-        while peer.serving and (missing := [name for name, held in self._held.items() if self._lacks(peer, held)]):
-            lock = self._lock(missing[0])
-            async with lock:
-                held = self._held.get(missing[0])  # a sync that was under way has made a newer one, or it was dropped
-                if held is not None:
-                    await self._fan().send(held.handle, held.give, [peer])
-        self._fan().dissolve(lambda other: other is peer)  # from now on it receives with the others
         error = await peer.ask(GetStatistics(), self._config.deadline_s)
         if error is not None or not peer.serving:
+            if self._peers.get(message.sampler) is peer:
+                await self._leave(message.sampler)
             raise InstallError(f"{peer} was lost while it joined: {error}")
+        return Done()
+
+    async def _serve(self, message: Serve) -> Done:
+        lock = self._lock(message.name)
+        async with lock:
+            peer, held = self._peers.get(message.sampler), self._held.get(message.name)
+            if peer is None or held is None:
+                raise InstallError(f"the relay has no {message.name if peer else f'sampler {message.sampler}'}")
+            if self._lacks(peer, held):
+                await self._fan().send(held.handle, held.give, [peer])
+            if not peer.serving:
+                raise InstallError(f"{peer} was lost while it was given {held.handle.ref}")
+        return Done()
+
+    async def _withdraw(self, message: Withdraw) -> Done:
+        lock = self._lock(message.ref.name)
+        async with lock:
+            peer = self._peers.get(message.sampler)
+            if peer is not None:
+                peer.installed.pop(message.ref.name, None)
+                await self._retire(message.ref, [peer])
+        return Done()
 
     def _lacks(self, peer: Peer, held: _Held) -> bool:
         return peer.installed.get(held.handle.ref.name) != held.handle.ref

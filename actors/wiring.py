@@ -10,9 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from weft.actors.affinity import Affinity, engine_places
 from weft.actors.member import Connect, Member, Process
-from weft.actors.pool import ParamSyncPool, SamplerPool
 from weft.actors.preflight import max_lora_rank, model_folder
+from weft.actors.sampler_pool import SamplerPool
+from weft.actors.sync_pool import ParamSyncPool
 from weft.actors.trainer_pool import TrainerPool
 from weft.configs.schema import Config
 from weft.transport.channel import Client
@@ -74,9 +76,10 @@ async def open_pools(
     ]
     relay = member("param-sync", PARAM_SYNC, param_sync_arguments(config), 0, {})
     trainer_pool = TrainerPool(trainers, cluster.start_deadline_s)
-    sync_pool = ParamSyncPool(relay, trainer_pool, cluster.sync.deadline_s)
-    places = max_live_versions(config)
-    sampler_pool = SamplerPool(samplers, sync_pool, cluster.sampler.max_num_seqs, places, cluster.start_deadline_s)
+    clock = asyncio.get_running_loop().time
+    affinity = Affinity(cluster.samplers, cluster.sampler.max_num_seqs, *version_places(config), clock)
+    sync_pool = ParamSyncPool(relay, trainer_pool, affinity, cluster.sync.deadline_s)
+    sampler_pool = SamplerPool(samplers, sync_pool, affinity, cluster.start_deadline_s)
     pools: list[tuple[_Pool, list[Member]]] = [(sampler_pool, samplers), (trainer_pool, trainers), (sync_pool, [relay])]
     async with asyncio.TaskGroup() as tasks:
         kept = [
@@ -97,9 +100,9 @@ class _Pool(Protocol):
     async def lost(self, member: Member) -> None: ...
 
 
-def max_live_versions(config: Config) -> int:
-    """Places for versions in each engine, fixed when it starts: sum over the adapters of `live_versions`."""
-    return sum(adapter.live_versions for adapter in config.adapters)
+def version_places(config: Config) -> tuple[int, int]:
+    """Places for versions in each engine, fixed when it starts, and how many of them are to spare (affinity.py)."""
+    return engine_places([adapter.live_versions for adapter in config.adapters], config.cluster.samplers)
 
 
 def sampler_arguments(config: Config, index: int) -> dict[str, Any]:
@@ -112,7 +115,7 @@ def sampler_arguments(config: Config, index: int) -> dict[str, Any]:
         "index": index,
         "device": "cuda" if config.cluster.gpus_per_sampler else "cpu",
         "max_lora_rank": max_lora_rank(config),
-        "max_live_versions": max_live_versions(config),
+        "max_live_versions": version_places(config)[0],
     }
 
 

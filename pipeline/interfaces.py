@@ -1,13 +1,13 @@
-"""The three pools as the pipeline sees them. `actors/pool.py` and
-`actors/trainer_pool.py` implement them over processes; the tests in virtual time.
+"""The three pools as the pipeline sees them. `actors/sampler_pool.py`, `trainer_pool.py` and `sync_pool.py` implement them over
+processes; the tests in virtual time.
 
 A pool restarts its own processes. What a caller must know of a death comes as an exception:
 samplers.rollout and every trainers call raise PeerDiedError when the process that served them died;
-`wait_ready` returns once the pool is whole again (samplers: the newest version of every adapter is installed again; trainers:
-empty, so load).
+`wait_ready` returns once the pool is whole again (samplers: any of them can be given what it is to serve; trainers: empty, so
+load).
 A trainers call that names an adapter whose process has died since its `add` raises PeerDiedError too, however late it comes,
 and `wait_lost` tells whoever makes no call. One death is told in the same words by all of them, another in others.
-A rollout waits for any sampler that is ready, so that the others serve while one is restarted.
+An adapter lives on some of the samplers, and a rollout waits for any of these; what lived on one that died moves to the others.
 Samplers' `add` and `drop`, and `publish`, ride over the death of a sampler themselves.
 AdapterFault is one adapter's own fault and ends that adapter alone.
 """
@@ -16,18 +16,33 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from weft.configs.schema import AdapterConfig
 from weft.transport.messages import AdapterRef, Distributed, Group, Saved, StepResults, TrainBatch
 
+Seat = Any  # room for one group on one sampler, which is the pool's to know
 
-class Samplers(Protocol):
-    """Rollouts of any installed version."""
+
+class Seats(Protocol):
+    """How much room there is on the samplers, and for whom."""
 
     @property
     def capacity(self) -> int:
         """Rollouts (sequences) that all samplers together run at once."""
+
+    def welcome(self, name: str) -> int:
+        """How a group of this adapter is received now: 2, the samplers that serve the adapter have room; 1, another one has,
+        and would have to be given the adapter; 0, it must wait for a group that ends."""
+
+    def seat(self, name: str, rollouts: int) -> Seat:
+        """Room for a group, for `rollout` to use. Exactly one `leave` gives it back."""
+
+    def leave(self, seat: Seat) -> None: ...
+
+
+class Samplers(Seats, Protocol):
+    """Rollouts of any installed version."""
 
     async def wait_ready(self) -> None: ...
 
@@ -36,7 +51,10 @@ class Samplers(Protocol):
 
     async def drop(self, name: str) -> None: ...
 
-    async def rollout(self, ref: AdapterRef, prompt_index: int, group_size: int, held_out: bool = False) -> Group: ...
+    async def rollout(
+        self, ref: AdapterRef, prompt_index: int, group_size: int, held_out: bool = False, seat: Seat = None
+    ) -> Group:
+        """seat: taken by the caller, who gives it back; None: one is taken meanwhile, whether there is room or not."""
 
 
 class Trainers(Protocol):

@@ -34,11 +34,11 @@ class Rollouts:
         size, ticket = 1 if held_out else adapter.config.group_size, self._share.ticket()
         for deaths in range(MAX_DEATHS):
             alone = self._suspects if deaths >= SUSPECT_DEATHS else contextlib.nullcontext()
-            async with alone, self._share.places(adapter.name, size, ticket):
+            async with alone, self._share.places(adapter.name, size, ticket) as seat:
                 began = self._journal.now()
                 assert adapter.installed is not None
                 try:
-                    group = await self._samplers.rollout(adapter.installed, prompt_index, size, held_out)
+                    group = await self._samplers.rollout(adapter.installed, prompt_index, size, held_out, seat)
                 except PeerDiedError as error:
                     died = error
                 except (AdapterFault, InstallError) as fault:

@@ -11,7 +11,7 @@
                     its place in a trainer launch, and the launch  StepScheduler, when that of its trainer ends
                     every sampler to install the version           the parameter sync
     _sample         a place of the gate                            _train, after the install
-    Rollouts        places on the samplers, in fair shares         any group that ends
+    Rollouts        places where its adapter lives, in fair shares any group that ends there
                     a sampler that is ready; after several         the pool, which restarts them
                     deaths all of them, and the other suspects     and the suspect that runs, when it ends
 
@@ -67,7 +67,7 @@ class Pipeline:
         self._tasks = asyncio.TaskGroup()
         self._journal = Journal(observers, clock)
         self._recovery = Recovery(settings, pools.trainers, self._journal)
-        self._share = FairShare(lambda: pools.samplers.capacity, clock, self._journal.rollouts_changed)
+        self._share = FairShare(pools.samplers, clock, self._journal.rollouts_changed)
         self._rollouts = Rollouts(pools.samplers, self._share, self._journal)
         self._steps = StepScheduler(pools.trainers, trainer.token_budget, self._tasks, clock, self._journal.launch_ended)
 

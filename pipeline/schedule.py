@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from weft.pipeline.events import PoolStatistics
-from weft.pipeline.interfaces import Trainers
+from weft.pipeline.interfaces import Seat, Seats, Trainers
 from weft.transport.errors import PeerDiedError
 from weft.transport.messages import StepResult, TrainBatch
 
@@ -61,20 +61,21 @@ class _Waiter:
 class FairShare:
     """Places for rollouts on the samplers, shared by max-min fairness.
 
-    While a place is free, the waiting adapter with the fewest rollouts in flight goes next; of several, the one whose next
-    group was wanted first; within an adapter, first in, first out. Work conserving: no place is free while a group waits.
-    For that a group starts as soon as one place is free, so rollouts in flight may exceed the capacity by less than one group:
-    the engine queues these itself, and a large group is never starved by small ones.
+    While places are free where adapters live, the waiting one of these with the fewest rollouts in flight goes next; of
+    several, the one whose next group was wanted first; within an adapter, first in, first out. When the homes of all that wait
+    are full, one that is welcome elsewhere goes there. Work conserving: no place is free while a group waits that is welcome
+    there. For that a group starts as soon as one place is free, so rollouts on a sampler may exceed what it runs at once by
+    less than one group: the engine queues these itself, and a large group is never starved by small ones.
     """
 
     def __init__(
         self,
-        capacity: Callable[[], int],
+        samplers: Seats,
         clock: Clock,
         on_change: Callable[[str, int, int], None] = lambda name, in_flight, total: None,
     ) -> None:
         """on_change: told an adapter's rollouts in flight, and those of all, whenever they change."""
-        self._capacity = capacity
+        self._samplers = samplers
         self._on_change = on_change
         self._meter = LoadMeter(clock)
         self._waiting: dict[str, list[_Waiter]] = {}  # of each adapter, by ticket
@@ -86,13 +87,13 @@ class FairShare:
         return next(self._tickets)
 
     @asynccontextmanager
-    async def places(self, name: str, rollouts: int, ticket: int) -> AsyncIterator[None]:
+    async def places(self, name: str, rollouts: int, ticket: int) -> AsyncIterator[Seat]:
         """Hold places for one group of adapter `name`; waits for them."""
-        await self._take(name, rollouts, ticket)
+        seat = await self._take(name, rollouts, ticket)
         try:
-            yield
+            yield seat
         finally:
-            self._give_back(name, rollouts)
+            self._give_back(name, rollouts, seat)
 
     def in_flight(self, name: str) -> int:
         """Rollouts of this adapter on the samplers now."""
@@ -100,34 +101,40 @@ class FairShare:
 
     def statistics(self) -> PoolStatistics:
         """The samplers, in rollouts; `waiting` in groups."""
-        return self._meter.statistics(self._capacity(), sum(map(len, self._waiting.values())))
+        return self._meter.statistics(self._samplers.capacity, sum(map(len, self._waiting.values())))
 
-    async def _take(self, name: str, rollouts: int, ticket: int) -> None:
+    async def _take(self, name: str, rollouts: int, ticket: int) -> Seat:
         waiter = _Waiter(rollouts, ticket, asyncio.get_running_loop().create_future())
         bisect.insort(self._waiting.setdefault(name, []), waiter, key=lambda waiter: waiter.ticket)
         self._grant()
         try:
-            await waiter.granted
+            return await waiter.granted
         except asyncio.CancelledError:
             if not waiter.granted.cancelled():  # granted and cancelled in the same moment
-                self._give_back(name, rollouts)
+                self._give_back(name, rollouts, waiter.granted.result())
             elif waiter in self._waiting.get(name, ()):  # else `_grant` saw that it was cancelled before this task did
                 self._remove(name, waiter)
             raise
 
     def _grant(self) -> None:
-        while self._waiting and self._meter.in_flight < self._capacity():
-            name = min(self._waiting, key=lambda name: (self._in_flight[name], self._waiting[name][0].ticket))
+        while (name := self._next()) is not None:
             waiter = self._waiting[name][0]
             self._remove(name, waiter)
             if not waiter.granted.cancelled():
                 self._in_flight[name] += waiter.rollouts
-                self._meter.change(waiter.rollouts, self._capacity())
+                self._meter.change(waiter.rollouts, self._samplers.capacity)
                 self._on_change(name, self._in_flight[name], self._meter.in_flight)
-                waiter.granted.set_result(None)
+                waiter.granted.set_result(self._samplers.seat(name, waiter.rollouts))
 
-    def _give_back(self, name: str, rollouts: int) -> None:
-        self._meter.change(-rollouts, self._capacity())
+    def _next(self) -> str | None:
+        """Whose turn it is, if anyone may go."""
+        welcome = {name: how for name in self._waiting if (how := self._samplers.welcome(name))}
+        tickets = {name: self._waiting[name][0].ticket for name in welcome}
+        return min(welcome, key=lambda name: (-welcome[name], self._in_flight[name], tickets[name]), default=None)
+
+    def _give_back(self, name: str, rollouts: int, seat: Seat) -> None:
+        self._samplers.leave(seat)
+        self._meter.change(-rollouts, self._samplers.capacity)
         self._in_flight[name] -= rollouts
         self._on_change(name, self._in_flight[name], self._meter.in_flight)
         if not self._in_flight[name]:

@@ -85,8 +85,8 @@ def test_every_import_follows_the_arrows() -> None:
         ("kernels/lora/__init__.py", "import weft.actors.lora"),
         ("actors/trainer.py", "import torch.distributed as dist"),
         ("actors/trainer.py", "from torch import distributed"),
-        ("actors/pool.py", "from transport.messages import Done"),
-        ("actors/pool.py", "import importlib\nimportlib.import_module('ray')"),
+        ("actors/sampler_pool.py", "from transport.messages import Done"),
+        ("actors/sampler_pool.py", "import importlib\nimportlib.import_module('ray')"),
     ],
 )
 def test_an_import_against_the_arrows_is_found(path: str, source: str) -> None:

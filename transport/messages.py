@@ -299,7 +299,7 @@ class Distribute:
 
     handle: SlabHandle
     samplers: tuple[int, ...]
-    supersedes: AdapterRef | None = None  # retired everywhere once this one is installed
+    supersedes: AdapterRef | None = None  # retired on the same samplers once this one is installed
 
 
 @dataclass(frozen=True)
@@ -312,10 +312,26 @@ class Distributed:
 
 @dataclass(frozen=True)
 class JoinSampler:
-    """-> Done, when this sampler has the newest version of every adapter the relay holds. A new endpoint replaces the old."""
+    """-> Done, when this sampler answers. It holds nothing yet. A new endpoint replaces the old."""
 
     sampler: int
     endpoint: str
+
+
+@dataclass(frozen=True)
+class Serve:
+    """-> Done, when this sampler has the newest version of this adapter that the relay holds."""
+
+    sampler: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Withdraw:
+    """-> Done, when this sampler, which serves the adapter no more, has retired this version."""
+
+    sampler: int
+    ref: AdapterRef
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from weft.transport import messages
 from weft.transport.broadcast import BroadcastGroup
 from weft.transport.channel import Client, Server
 from weft.transport.errors import InstallError, PeerDiedError, RemoteError, WeftError
-from weft.transport.messages import AdapterRef, Distribute, Done, JoinSampler, LeaveSampler, SlabHandle
+from weft.transport.messages import AdapterRef, Distribute, Done, JoinSampler, LeaveSampler, Serve, SlabHandle, Withdraw
 
 RELAY = "relay"
 DEADLINE_S = 40.0  # far above what any test takes: what ends at once must not end by this
@@ -243,22 +243,47 @@ def test_a_sampler_that_dies_in_between_delays_nobody_and_the_others_have_the_ve
     run(test)
 
 
-def test_a_sampler_that_joins_late_or_again_gets_the_newest_of_every_adapter(sampler: Make):
+def test_a_sampler_gets_the_newest_of_the_adapters_that_it_is_to_serve_and_of_no_other(sampler: Make):
     async def test() -> None:
         early, late = sampler(), sampler()
-        async with relay(early) as sync:
+        async with relay(early, late) as sync:
             for version in (0, 1):
                 for name in ("a", "bb"):
                     await sync.handle(Distribute(handle_of(name, version), (0,)))
             newest = [handle_of("a", 1), handle_of("bb", 1)]
-            await sync.handle(JoinSampler(1, late.endpoint))
-            assert await late.live() == as_live(*newest)
+            assert await late.live() == []
+            await sync.handle(Serve(1, "a"))
+            await sync.handle(Serve(1, "a"))  # told twice is told once
+            assert await late.live() == as_live(newest[0])
             early.kill()
             again = sampler()
             await sync.handle(JoinSampler(0, again.endpoint))
+            assert await again.live() == []
+            for name in ("a", "bb"):
+                await sync.handle(Serve(0, name))
             assert await again.live() == as_live(*newest)
             await sync.handle(Distribute(handle_of("a", 2), (0, 1), supersedes=newest[0].ref))
-            assert [await process.live() for process in (again, late)] == [as_live(handle_of("a", 2), newest[1])] * 2
+            assert await again.live() == as_live(handle_of("a", 2), newest[1])
+            assert await late.live() == as_live(handle_of("a", 2))
+            for unknown in (Serve(0, "c"), Serve(7, "a")):
+                with pytest.raises(InstallError, match="the relay has no"):
+                    await sync.handle(unknown)
+
+    run(test)
+
+
+def test_a_sampler_that_serves_an_adapter_no_more_retires_it_and_gets_it_again_when_it_does(sampler: Make):
+    async def test() -> None:
+        samplers = [sampler(), sampler()]
+        async with relay(*samplers) as sync:
+            old, new = handle_of("a", 0), handle_of("a", 1)
+            await sync.handle(Distribute(old, (0, 1)))
+            await sync.handle(Distribute(new, (0,), supersedes=old.ref))
+            assert [await one.live() for one in samplers] == [as_live(new), as_live(old)], "it may have rollouts of the old one"
+            await sync.handle(Withdraw(1, old.ref))
+            assert await samplers[1].live() == []
+            await sync.handle(Serve(1, "a"))
+            assert await samplers[1].live() == as_live(new)
 
     run(test)
 

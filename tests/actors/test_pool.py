@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from weft.actors.affinity import Affinity
 from weft.actors.member import Member
-from weft.actors.pool import ParamSyncPool, SamplerPool
+from weft.actors.sampler_pool import SamplerPool
+from weft.actors.sync_pool import ParamSyncPool
 from weft.actors.trainer_pool import TrainerPool
 from weft.configs.schema import AdapterConfig
 from weft.transport import messages
@@ -33,6 +35,7 @@ from weft.transport.messages import AdapterRef
 PIDS = itertools.count(1000)
 DEADLINE_S = 0.2  # where a law waits for it to pass
 PLACES = 12  # for versions in each engine: four adapters of max_staleness 1
+SEATS = 16  # for rollouts on each sampler
 
 
 class StandIn:
@@ -86,6 +89,10 @@ class Sampler:
                 if message.ref.name in self.world.uninstallable:
                     raise InstallError("canary")
                 self.installed[message.ref.name] = message.ref
+                return messages.Done()
+            case messages.Retire():
+                if self.installed.get(message.ref.name) == message.ref:
+                    del self.installed[message.ref.name]
                 return messages.Done()
             case messages.Rollout():
                 self.rollouts += 1
@@ -148,10 +155,10 @@ class Relay:
         self.hold = asyncio.Event()
         self.hold.set()
 
-    async def _install(self, sampler: int, ref: AdapterRef) -> None:
+    async def _ask(self, sampler: int, message: Any) -> None:
         client = Client(self.endpoints[sampler])
         try:
-            await client.request(messages.Install(ref), None)
+            await client.request(message, None)
         finally:
             await client.aclose()
 
@@ -163,7 +170,7 @@ class Relay:
                 await self.hold.wait()
                 self.world.take(message.handle.path)
                 for sampler in set(message.samplers) & set(self.endpoints):
-                    await self._install(sampler, message.handle.ref)
+                    await self._ask(sampler, messages.Install(message.handle.ref))
                 self.newest[message.handle.ref.name] = message.handle
                 return messages.Distributed(0.0, 0.0, 0.0)
             case messages.JoinSampler():
@@ -171,8 +178,14 @@ class Relay:
                 if message.endpoint in self.world.unjoinable:
                     raise InstallError("it does not answer")
                 self.endpoints[message.sampler] = message.endpoint
-                for handle in self.newest.values():
-                    await self._install(message.sampler, handle.ref)
+                return messages.Done()
+            case messages.Serve():
+                if message.name not in self.newest or message.sampler not in self.endpoints:
+                    raise InstallError(f"no {message.name}, or no sampler {message.sampler}")
+                await self._ask(message.sampler, messages.Install(self.newest[message.name].ref))
+                return messages.Done()
+            case messages.Withdraw():
+                await self._ask(message.sampler, messages.Retire(message.ref))
                 return messages.Done()
             case messages.GetStatistics():
                 return messages.SyncStatistics(1, (), 0, 0, 7)
@@ -261,8 +274,9 @@ class Pools:
         self.trainer_member = world.member("trainer-0", Trainer)
         self.relay_member = world.member("relay", Relay)
         self.trainers = TrainerPool([self.trainer_member], deadline_s)
-        self.sync = ParamSyncPool(self.relay_member, self.trainers, deadline_s)
-        self.samplers = SamplerPool(self.sampler_members, self.sync, 16, PLACES, deadline_s)
+        self.affinity = Affinity(2, SEATS, PLACES, PLACES, asyncio.get_running_loop().time)
+        self.sync = ParamSyncPool(self.relay_member, self.trainers, self.affinity, deadline_s)
+        self.samplers = SamplerPool(self.sampler_members, self.sync, self.affinity, deadline_s)
 
     def keep(self, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
         pools: list[tuple[Any, Member]] = [(self.samplers, member) for member in self.sampler_members]
@@ -279,6 +293,11 @@ class Pools:
         assert await self.samplers.add(config, 0) == 7
         await self.sync.publish(ref, None)
         return ref
+
+    def having(self, ref: AdapterRef) -> set[int]:
+        """Samplers that have this version."""
+        alive = {index: process for index in range(2) if not (process := self.world.now(f"sampler-{index}")).dead.is_set()}
+        return {index for index, process in alive.items() if process.actor.installed.get(ref.name) == ref}
 
     async def step(self, ref: AdapterRef) -> AdapterRef:
         done = await self.trainers.step([batch(ref)])
@@ -325,26 +344,57 @@ def test_a_rollout_goes_to_the_sampler_with_the_fewest_sequences_in_flight() -> 
     asyncio.run(law())
 
 
-def test_a_samplers_death_ends_its_rollouts_and_its_successor_has_every_adapters_newest_version() -> None:
+def test_two_adapters_live_on_a_sampler_each_and_a_sync_goes_nowhere_else() -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            ref = await pools.add("a")
+            assert pools.having(ref) == {0, 1}, "alone, it has both"
+            other = await pools.add("b")
+            newer = await pools.step(ref)
+            await pools.sync.publish(newer, ref)
+            assert len(pools.having(newer)) == 1
+            assert pools.having(other) == {0, 1} - pools.having(newer)
+            assert not pools.having(ref), "it is retired where it is served no more"
+            for refs, wanted in ((newer, pools.having(newer)), (other, pools.having(other))):
+                for index in range(4):
+                    before = [world.now(f"sampler-{number}").actor.rollouts for number in range(2)]
+                    assert (await pools.samplers.rollout(refs, index, 1)).ref == refs
+                    after = [world.now(f"sampler-{number}").actor.rollouts for number in range(2)]
+                    assert {number for number in range(2) if after[number] > before[number]} == wanted
+
+    asyncio.run(law())
+
+
+def test_a_samplers_death_ends_its_rollouts_and_its_adapters_live_on_the_other_at_once_until_it_is_back() -> None:
     async def law() -> None:
         async with running() as (pools, world):
             refs = [await pools.add(name) for name in ("a", "b")]
             newer = await pools.step(refs[0])
             await pools.sync.publish(newer, refs[0])
+            (home,) = pools.having(newer)
             for index in range(2):
                 world.now(f"sampler-{index}").actor.hold.clear()
-            rollouts = [asyncio.ensure_future(pools.samplers.rollout(newer, i, 1)) for i in range(2)]  # noqa: TID251
+            rollouts = [asyncio.ensure_future(pools.samplers.rollout(ref, 0, 1)) for ref in (newer, refs[1])]  # noqa: TID251
             await world.until(lambda: all(world.now(f"sampler-{index}").actor.rollouts == 1 for index in range(2)))
-            await world.kill("sampler-0")
-            done, pending = await asyncio.wait(rollouts, return_when=asyncio.FIRST_COMPLETED)
-            assert [type(task.exception()) for task in done] == [PeerDiedError]
-            world.now("sampler-1").actor.hold.set()
-            assert [(await task).ref for task in pending] == [newer]  # the other sampler's rollout never noticed
+            world.held_back.add(f"sampler-{home}")
+            await world.kill(f"sampler-{home}")
+            with pytest.raises(PeerDiedError):
+                await rollouts[0]
+            await world.until(lambda: not pools.sampler_members[home].ready)
+            world.now(f"sampler-{1 - home}").actor.hold.set()
+            assert (await rollouts[1]).ref == refs[1]  # the other sampler's rollout never noticed
+            assert (await pools.samplers.rollout(newer, 0, 1)).ref == newer
+            assert pools.having(newer) == pools.having(refs[1]) == {1 - home}
+            world.held_back.clear()
             await pools.samplers.wait_ready()
-            successor = world.now("sampler-0").actor
-            assert len(world.processes["sampler-0"]) == 2
-            assert sorted(successor.told) == ["a", "b"]
-            assert successor.installed == {"a": newer, "b": refs[1]}
+            assert sorted(world.now(f"sampler-{home}").actor.told) == ["a", "b"]
+            assert not world.now(f"sampler-{home}").actor.installed, "nothing moves while nothing is published"
+            newest = [await pools.step(newer), await pools.step(refs[1])]
+            for ref, before in zip(newest, (newer, refs[1]), strict=True):
+                await pools.sync.publish(ref, before)
+            assert sorted(len(pools.having(ref)) for ref in newest) == [1, 1]
+            assert pools.having(newest[0]) != pools.having(newest[1])
+            assert not pools.having(newer) and not pools.having(refs[1])
 
     asyncio.run(law())
 
@@ -411,11 +461,11 @@ def test_a_publish_in_flight_survives_the_relays_death_and_every_version_is_give
             relay = world.now("relay").actor
             assert sorted(relay.endpoints) == [0, 1]
             assert {name: handle.ref for name, handle in relay.newest.items()} == {"a": newer, "b": refs[1]}
-            assert all(world.now(f"sampler-{index}").actor.installed["a"] == newer for index in range(2))
-            await world.kill("sampler-1")  # and what the new relay holds is enough for a sampler that comes now
-            await world.until(lambda: len(world.processes["sampler-1"]) == 2)
-            await pools.samplers.wait_ready()
-            assert world.now("sampler-1").actor.installed == {"a": newer, "b": refs[1]}
+            homes = [pools.having(newer), pools.having(refs[1])]
+            assert sorted(map(len, homes)) == [1, 1]
+            await world.kill(f"sampler-{max(homes[0])}")  # and what the new relay holds is enough for those that go on
+            await world.until(lambda: not pools.sampler_members[max(homes[0])].ready)
+            assert (await pools.samplers.rollout(newer, 0, 1)).ref == newer
 
     asyncio.run(law())
 
@@ -479,7 +529,7 @@ def test_a_version_that_a_new_relay_cannot_distribute_is_tried_again_and_no_roll
             await pools.sync.wait_ready()
             assert sorted(world.now("relay").actor.newest) == ["a", "b"]
 
-    monkeypatch.setattr("weft.actors.pool.PAUSE_S", 0.01)
+    monkeypatch.setattr("weft.actors.sync_pool.PAUSE_S", 0.01)
     asyncio.run(law())
 
 
@@ -502,7 +552,7 @@ def test_a_slab_that_a_trainer_cannot_write_for_a_new_relay_holds_up_no_rollout_
             await pools.sync.wait_ready()
             assert list(world.now("relay").actor.newest) == ["a"]
 
-    monkeypatch.setattr("weft.actors.pool.PAUSE_S", 0.01)
+    monkeypatch.setattr("weft.actors.sync_pool.PAUSE_S", 0.01)
     asyncio.run(law())
 
 
@@ -533,18 +583,18 @@ def test_no_slab_outlives_its_publish_though_relays_die_that_were_to_take_it(tmp
     asyncio.run(law())
 
 
-def test_a_sampler_that_does_not_join_a_new_relay_is_restarted_and_then_has_every_newest_version() -> None:
+def test_a_sampler_that_does_not_join_a_new_relay_is_restarted_and_then_served_again() -> None:
     async def law() -> None:
         async with running() as (pools, world):
             ref = await pools.add("a")
             world.unjoinable.add(world.now("sampler-0").endpoint)
             await world.kill("relay")
             await world.until(lambda: len(world.processes["sampler-0"]) == 2)
+            await pools.samplers.wait_ready()
             newer = await pools.step(ref)
             await pools.sync.publish(newer, ref)
-            await pools.samplers.wait_ready()
             assert sorted(world.now("relay").actor.endpoints) == [0, 1]
-            assert all(world.now(f"sampler-{index}").actor.installed == {"a": newer} for index in range(2))
+            assert pools.having(newer) == {0, 1}
 
     asyncio.run(law())
 
@@ -738,6 +788,7 @@ def test_an_adapter_that_a_fresh_sampler_is_not_told_of_in_time_fails_there_and_
             assert world.now("sampler-0").actor.told == ["b"]
             world.held_back.add("sampler-1")
             await world.kill("sampler-1")
+            await world.until(lambda: not pools.sampler_members[1].ready)
             assert (await pools.samplers.rollout(refs[1], 0, 1)).ref == refs[1]
             with pytest.raises(InstallError):  # which ends its adapter
                 await pools.samplers.rollout(refs[0], 0, 1)
@@ -908,7 +959,7 @@ def test_a_death_ends_the_requests_of_a_connection_that_looks_whole() -> None:
     asyncio.run(law())
 
 
-def test_a_sampler_that_comes_while_a_version_is_on_its_way_does_not_miss_it() -> None:
+def test_a_sampler_that_comes_while_a_version_is_on_its_way_serves_that_one_or_none() -> None:
     async def law() -> None:
         async with running() as (pools, world):
             ref = await pools.add("a")
@@ -922,33 +973,69 @@ def test_a_sampler_that_comes_while_a_version_is_on_its_way_does_not_miss_it() -
                 publishing = tasks.create_task(pools.sync.publish(newer, ref))
                 await world.distributing.wait()
                 world.may_start.set()
-                await world.until(lambda: len(world.processes["sampler-0"]) == 2)
-                for _ in range(100):
-                    await asyncio.sleep(0)
+                await pools.samplers.wait_ready()
+                world.held_back.add("sampler-1")
                 world.now("relay").actor.hold.set()
                 await publishing
-            await pools.samplers.wait_ready()
-            assert world.now("sampler-0").actor.installed == {"a": newer}
+                assert not world.now("sampler-0").actor.installed
+                await world.kill("sampler-1")
+            await world.until(lambda: not pools.sampler_members[1].ready)
+            assert (await pools.samplers.rollout(newer, 0, 1)).ref == newer
+            assert pools.having(newer) == {0}
+            world.held_back.clear()
 
+    asyncio.run(law())
+
+
+def test_a_sampler_that_cannot_be_given_a_version_is_restarted_and_one_that_refuses_it_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def law() -> None:
+        async with running(DEADLINE_S) as (pools, world):
+            ref = await pools.add("a")
+            world.unanswered.add(("relay", messages.Serve))
+            await world.kill("sampler-0")
+            await pools.samplers.wait_ready()
+            await world.kill("sampler-1")
+            await world.until(lambda: not pools.sampler_members[1].ready)
+            with pytest.raises(PeerDiedError):
+                await pools.samplers.rollout(ref, 0, 1)
+            world.unanswered.clear()
+            assert (await pools.samplers.rollout(ref, 0, 1)).ref == ref
+            await pools.samplers.wait_ready()
+            deaths = [member.deaths for member in pools.sampler_members]
+            world.uninstallable.add("a")
+            (home,) = pools.having(ref)
+            await world.kill(f"sampler-{home}")
+            await world.until(lambda: not pools.sampler_members[home].ready)
+            with pytest.raises((InstallError, RemoteError)):
+                await pools.samplers.rollout(ref, 0, 1)
+            assert pools.sampler_members[1 - home].deaths == deaths[1 - home]
+
+    monkeypatch.setattr("weft.actors.sync_pool.PAUSE_S", 0.01)
     asyncio.run(law())
 
 
 def test_an_adapter_without_places_in_the_engines_is_refused_by_its_own_fault_and_the_others_never_notice() -> None:
     async def law() -> None:
         async with running() as (pools, world):
-            refs = [await pools.add(name) for name in ("a", "b", "c")]
-            await pools.samplers.add(AdapterConfig("a", max_staleness=1), 1)  # a new lineage takes no second places
+            for name in "abcdefgh":  # four in each engine
+                await pools.samplers.add(AdapterConfig(name), 0)
+            await pools.trainers.add(AdapterConfig("a"), 0)
+            ref = AdapterRef("a", 0, 0)
+            await pools.sync.publish(ref, None)
+            await pools.samplers.add(AdapterConfig("a"), 1)  # a new lineage takes no second places
             with pytest.raises(AdapterFault) as refusal:
-                await pools.samplers.add(AdapterConfig("d", max_staleness=2), 0)
+                await pools.samplers.add(AdapterConfig("i", max_staleness=0), 0)
+            assert "0 are free: 12 of 12" in str(refusal.value)
+            await pools.samplers.drop("b")
+            with pytest.raises(AdapterFault) as refusal:
+                await pools.samplers.add(AdapterConfig("i", max_staleness=2), 0)
             assert "max_staleness=2 takes 4 places" in str(refusal.value)
             assert "3 are free: 9 of 12" in str(refusal.value)
-            assert "d" not in world.now("sampler-0").actor.told
-            assert await pools.samplers.add(AdapterConfig("d", max_staleness=1), 0) == 7
-            with pytest.raises(AdapterFault):
-                await pools.samplers.add(AdapterConfig("e", max_staleness=0), 0)
-            await pools.samplers.drop("b")
-            assert await pools.samplers.add(AdapterConfig("e", max_staleness=0), 0) == 7
-            assert (await pools.samplers.rollout(refs[0], 0, 1)).ref == refs[0]
+            assert "i" not in world.now("sampler-0").actor.told
+            assert await pools.samplers.add(AdapterConfig("i", max_staleness=1), 0) == 7
+            assert (await pools.samplers.rollout(ref, 0, 1)).ref == ref
 
     asyncio.run(law())
 

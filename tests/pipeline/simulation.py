@@ -2,8 +2,8 @@
 
 A deadlock (nobody can go on and no timer is set) raises Deadlock at once. The pools assert what must hold: no token
 is older than its adapter's bound (law 1, computed here anew), a name means one set of weights (law 2), a rollout names only a
-version that every sampler acknowledged (law 3), a launch is alone and takes each adapter's very next step, nothing in flight
-exceeds its bound (law 10).
+version that its sampler has installed (law 3), a launch is alone and takes each adapter's very next step, nothing in flight
+exceeds its bound (law 10), no engine holds more versions than it has places for.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from weft.actors.affinity import Affinity, Seat, engine_places
 from weft.configs.schema import AdapterConfig, LossConfig, RunConfig, TrainerConfig
 from weft.pipeline.events import Event, PipelineStatistics
 from weft.pipeline.interfaces import Pools
@@ -91,7 +92,9 @@ class World:
 
     random: random.Random
     configs: dict[str, AdapterConfig] = field(default_factory=dict)
-    capacity: int = 16
+    samplers: int = 1
+    capacity: int = 16  # of each sampler
+    live_versions: tuple[int, ...] = (100,) * 10  # that the engines are sized for
     rollout_seconds: float = 1.0
     train_seconds: float = 1.0
     sync_seconds: float = 0.1
@@ -100,7 +103,9 @@ class World:
     count_places: bool = True
     acknowledged: set[AdapterRef] = field(default_factory=set)
     running: Counter[str] = field(default_factory=Counter)  # groups on the samplers
-    rollouts: int = 0
+    rollouts: Counter[int] = field(default_factory=Counter)  # by sampler
+    served: Counter[tuple[str, int]] = field(default_factory=Counter)  # groups, by adapter and sampler
+    syncs: list[int] = field(default_factory=list)  # of each publish: samplers that it went to
     trained: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)  # prompts of each step, by version
     ages: dict[str, list[int]] = field(default_factory=dict)
     launches: list[tuple[str, ...]] = field(default_factory=list)
@@ -124,8 +129,11 @@ class World:
 class Process:
     """Something that dies: calls in flight raise PeerDiedError, and it is back after a while, empty."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(
+        self, world: World, lost: Callable[[], None] = lambda: None, back: Callable[[], None] = lambda: None
+    ) -> None:
         self.world = world
+        self.lost, self.back = lost, back
         self.deaths = 0
         self.died: list[asyncio.Event] = [asyncio.Event()]  # of each life
         self.ready = asyncio.Event()
@@ -159,29 +167,65 @@ class Process:
         self.died.append(asyncio.Event())
         self.deaths += 1
         self.ready.clear()
+        self.lost()
         for call in self._calls:
             if not call.done():
                 call.set_exception(PeerDiedError(why))
         await self.world.pause(self.world.restart_seconds)
+        self.back()
         self.ready.set()
 
 
 class SimulatedSamplers:
-    """Samplers of one process."""
+    """Samplers of one process each, under the real policy of who lives where."""
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.process = Process(world)
         self.added: set[str] = set()
+        self.places, spare = engine_places(world.live_versions, world.samplers)
+        clock = asyncio.get_running_loop().time
+        self.affinity = Affinity(world.samplers, world.capacity, self.places, spare, clock)
+        self.processes = [
+            Process(world, lambda k=k: self.lost(k), lambda k=k: self.come(k))  # type: ignore[misc]
+            for k in range(world.samplers)
+        ]
+        self.process = self.processes[0]
+        self.held: list[dict[str, AdapterRef]] = [{} for _ in self.processes]
+        self.somebody = asyncio.Event()  # is there
+        for k in range(world.samplers):
+            self.come(k)
 
     @property
     def capacity(self) -> int:
-        return self.world.capacity
+        return self.affinity.capacity
+
+    def come(self, sampler: int) -> None:
+        self.affinity.up(sampler)
+        self.somebody.set()
+
+    def lost(self, sampler: int) -> None:
+        self.affinity.down(sampler)
+        self.held[sampler].clear()
+        if not any(process.ready.is_set() for process in self.processes):
+            self.somebody.clear()
+
+    def welcome(self, name: str) -> int:
+        return self.affinity.welcome(name)
+
+    def seat(self, name: str, rollouts: int) -> Seat:
+        seat = self.affinity.seat(name, rollouts)
+        self.check_places()
+        return seat
+
+    def leave(self, seat: Seat) -> None:
+        self.affinity.leave(seat)
 
     async def wait_ready(self) -> None:
-        await self.process.ready.wait()
+        for process in self.processes:
+            await process.ready.wait()
 
     async def add(self, config: AdapterConfig, lineage: int) -> int | None:
+        assert not self.affinity.add(config.name, (config.max_staleness + 1) * config.batch_size, config.live_versions)
         self.world.configs[config.name] = config
         self.added.add(config.name)
         await asyncio.sleep(0)
@@ -189,30 +233,71 @@ class SimulatedSamplers:
 
     async def drop(self, name: str) -> None:
         self.added.discard(name)
+        self.affinity.drop(name)
+        for held in self.held:
+            held.pop(name, None)
         self.world.acknowledged = {ref for ref in self.world.acknowledged if ref.name != name}
 
-    async def rollout(self, ref: AdapterRef, prompt_index: int, group_size: int, held_out: bool = False) -> Group:
+    async def rollout(
+        self, ref: AdapterRef, prompt_index: int, group_size: int, held_out: bool = False, seat: Seat | None = None
+    ) -> Group:
         world, config = self.world, self.world.configs[ref.name]
         assert ref in world.acknowledged, f"law 3: {ref} is not installed"
-        assert ref.name in self.added
+        assert ref.name in self.added and seat is not None
         world.running[ref.name] += 1
-        world.rollouts += group_size
-        largest = max(config.group_size for config in world.configs.values())
-        assert world.rollouts < world.capacity + largest, "more than a group beyond a full pool"
         bound = max((config.max_staleness + 1) * config.groups_per_step, config.eval_prompts)
         assert world.running[ref.name] <= bound or not world.count_places, "law 10: more groups than places"
         try:
-            await self.process.ready.wait()
-            await self.process.work(world.rollout_seconds)
+            while not self.processes[seat.sampler].ready.is_set() and not self.affinity.move(seat):
+                await self.somebody.wait()
+            return await self._sample(seat.sampler, ref, prompt_index, group_size)
         finally:
             world.running[ref.name] -= 1
-            world.rollouts -= group_size
+
+    async def _sample(self, sampler: int, ref: AdapterRef, prompt_index: int, group_size: int) -> Group:
+        world = self.world
+        world.rollouts[sampler] += group_size
+        world.served[ref.name, sampler] += 1
+        largest = max(config.group_size for config in world.configs.values())
+        crowded = any(process.deaths for process in self.processes) and world.samplers > 1  # those of a dead one have moved in
+        assert world.rollouts[sampler] < world.capacity + largest or crowded, "more than a group beyond a full sampler"
+        try:
+            while self.held[sampler].get(ref.name) != self.newest(ref.name):
+                self.affinity.hold(ref.name, sampler)
+                self.check_places()
+                await self.processes[sampler].work(world.sync_seconds)
+                self.held[sampler][ref.name] = self.newest(ref.name)
+            there = self.held[sampler][ref.name]
+            assert (there.lineage, there.version) >= (ref.lineage, ref.version), f"law 3: {sampler} has {there}, not {ref}"
+            await self.processes[sampler].work(world.rollout_seconds)
+        finally:
+            world.rollouts[sampler] -= group_size
         try:
             rewards = [world.rewarded(ref.name, prompt_index) for _ in range(group_size)]
         except ArithmeticError as error:
             raise AdapterFault("the reward raised", type(error).__name__, "Traceback of the sampler") from None
         samples = tuple(_sample(prompt_index, ref.version, reward) for reward in rewards)
-        return Group(ref, prompt_index, samples)
+        return Group(ref, prompt_index, samples, sampler=sampler)
+
+    def newest(self, name: str) -> AdapterRef:
+        """What its homes have acknowledged last."""
+        return max((ref for ref in self.world.acknowledged if ref.name == name), key=lambda ref: (ref.lineage, ref.version))
+
+    def install(self, ref: AdapterRef, samplers: dict[int, int]) -> None:
+        """On these samplers, if they live in the same life still; and off those that serve it no more."""
+        for sampler, deaths in samplers.items():
+            if self.processes[sampler].ready.is_set() and self.processes[sampler].deaths == deaths:
+                self.held[sampler][ref.name] = ref
+        for sampler in self.affinity.leaving(ref.name):
+            self.held[sampler].pop(ref.name, None)
+            self.affinity.vacate(ref.name, sampler)
+        self.check_places()
+
+    def check_places(self) -> None:
+        for sampler in range(self.world.samplers):
+            holding = {name for name, adapter in self.affinity._adapters.items() if sampler in adapter.held}
+            assert holding >= self.held[sampler].keys(), "the books know less than there is"
+            assert sum(self.world.configs[name].live_versions for name in holding) <= self.places, "more versions than places"
 
 
 def _sample(prompt_index: int, version: int, reward: float) -> Sample:
@@ -336,9 +421,11 @@ class SimulatedSync:
         digest = self.trainers.weights(ref).digest
         assert self.world.names.setdefault(ref, digest) == digest, f"law 2: {ref} named other weights before"
         assert supersedes is None or supersedes in self.world.acknowledged
+        targets = {k: self.samplers.processes[k].deaths for k in self.samplers.affinity.targets(ref.name)}
+        self.world.syncs.append(len(targets))
         await self.trainers.process.work(0.02)  # the slab
         await self.world.pause(self.world.sync_seconds)
-        await self.samplers.process.ready.wait()
+        self.samplers.install(ref, targets)
         self.world.acknowledged.add(ref)
         if supersedes is not None:
             self.world.acknowledged.discard(supersedes)
@@ -418,10 +505,12 @@ def random_world(seed: int) -> tuple[World, list[AdapterConfig]]:
         )
     world = World(
         random.Random(seed + 1),
+        live_versions=tuple(config.live_versions for config in configs),
         capacity=chance.randint(1, 24),
         rollout_seconds=10 ** chance.uniform(-1, 1),
         train_seconds=10 ** chance.uniform(-1, 1),
         sync_seconds=10 ** chance.uniform(-2, 0.5),
         restart_seconds=chance.uniform(0.1, 5),
     )
+    world.samplers = chance.choice([1, 1, 2, 3, 5])
     return world, configs

@@ -16,7 +16,7 @@ def killed_at(simulation, world, folder, configs, seconds):
     """Run for `seconds`, or to the end. Pools are fresh, as after the death of everything; the disk is what it was."""
     world.acknowledged.clear()
     world.running.clear()
-    world.rollouts = 0
+    world.rollouts.clear()
 
     async def main():
         simulated = simulation.Simulation(world, folder)

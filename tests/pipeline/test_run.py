@@ -28,7 +28,7 @@ def deaths(seed):
         pace = world.rollout_seconds + world.train_seconds + world.sync_seconds + world.restart_seconds
         for _ in range(chance.randint(1, 6)):
             await asyncio.sleep(chance.expovariate(1 / (4 * pace)))
-            await chance.choice([simulated.samplers.process, simulated.trainers.process]).die()
+            await chance.choice([*simulated.samplers.processes, simulated.trainers.process]).die()
 
     return beside
 
@@ -289,16 +289,17 @@ def test_a_prompt_that_always_kills_its_sampler_ends_no_other_adapter(simulation
     rollout = simulation.SimulatedSamplers.rollout
     killers = []
 
-    async def deadly(self, ref, prompt_index, group_size, held_out=False):
+    async def deadly(self, ref, prompt_index, *others):
         if (ref.name, prompt_index) == ("a0", 5):
             killers[0].set()
-        return await rollout(self, ref, prompt_index, group_size, held_out)
+        return await rollout(self, ref, prompt_index, *others)
 
     async def beside(simulated):
         killers.append(asyncio.Event())
         while True:
             await killers[0].wait()
             killers[0].clear()
+            await asyncio.sleep(1e-6)  # it runs by now, whether or not it waited for the sampler
             await simulated.samplers.process.die()
 
     monkeypatch.setattr(simulation.SimulatedSamplers, "rollout", deadly)
@@ -365,10 +366,10 @@ def test_a_trainers_death_is_told_when_all_adapters_wait_and_nobody_calls_it(
 ):
     rollout = simulation.SimulatedSamplers.rollout
 
-    async def stuck(self, ref, prompt_index, group_size, held_out=False):
+    async def stuck(self, ref, *others):
         if ref.lineage == 0:
             await asyncio.Event().wait()
-        return await rollout(self, ref, prompt_index, group_size, held_out)
+        return await rollout(self, ref, *others)
 
     async def beside(simulated):
         await asyncio.sleep(20.0)
@@ -472,6 +473,7 @@ def test_joins_leaves_and_deaths_at_any_moment_disturb_nobody_else(simulation, m
 
     world, configs = simulation.random_world(seed)
     configs = [*configs, simulation.adapter_config("steady", num_steps=40)]
+    world.live_versions += (10,) * 10  # room for those that come
     outcome = simulation.simulate(world, memory_folder, configs, beside)
     assert all(adapter.phase in (Phase.FINISHED, Phase.LEFT) for adapter in outcome.statistics.adapters.values())
     assert outcome.statistics.adapters["steady"].version == 40 or outcome.statistics.adapters["steady"].phase is Phase.LEFT
@@ -491,6 +493,37 @@ def test_held_out_prompts_are_evaluated_before_and_after(simulation, memory_fold
     config = simulation.adapter_config("a", eval_prompts=7)
     adapter = simulation.simulate(world, memory_folder, [config]).statistics.adapters["a"]
     assert adapter.eval_base == adapter.eval_final == 0.25
+
+
+@pytest.mark.parametrize("bound", [0, 1])
+def test_many_adapters_sync_to_one_sampler_each_and_keep_all_samplers_as_full_as_one_big_one(
+    simulation, memory_folder, bound
+):
+    """Sixteen adapters whose rollouts fill the samplers; what affinity costs is the unevenness of whole adapters."""
+
+    def seconds(samplers):
+        configs = [simulation.adapter_config(f"a{i:02}", num_steps=20, max_staleness=bound) for i in range(16)]
+        world = simulation.World(
+            random.Random(0), samplers=samplers, capacity=32 // samplers, rollout_seconds=4.0, train_seconds=0.5,
+            live_versions=tuple(config.live_versions for config in configs),
+        )  # fmt: skip
+        outcome = simulation.simulate(world, memory_folder / str(samplers), configs)
+        return outcome.statistics.time, world
+
+    one, _ = seconds(1)
+    four, world = seconds(4)
+    assert four < 1.1 * one
+    late = world.syncs[len(world.syncs) // 4 :]
+    assert sum(late) / len(late) < 1.7, "guests are few"
+    for sampler in range(4):
+        at_home = sum(count for (_, where), count in world.served.items() if where == sampler)
+        assert at_home > sum(world.served.values()) / 8
+
+
+def test_an_adapter_alone_uses_every_sampler(simulation, memory_folder):
+    world = simulation.World(random.Random(0), samplers=3, capacity=64)
+    simulation.simulate(world, memory_folder, [simulation.adapter_config("a", num_steps=20, batch_size=24)])
+    assert min(world.served["a", sampler] for sampler in range(3)) > 0.2 * sum(world.served.values())
 
 
 def test_ready_adapters_share_launches(simulation, memory_folder):

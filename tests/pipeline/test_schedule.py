@@ -19,6 +19,34 @@ def batch(name, tokens):
     return TrainBatch(AdapterRef(name, 0, 0), np.zeros(tokens, np.int32), none, none, none, none, none, none, 0, 0)
 
 
+class Hall:
+    """One sampler, or several of which `homes` says who lives where; guests wherever a quarter is free."""
+
+    def __init__(self, seats, homes=None):
+        self.seats, self.homes = seats, homes or {}
+        self.load = Counter()
+
+    @property
+    def capacity(self):
+        return self.seats * (1 + max(self.homes.values(), default=0))
+
+    def welcome(self, name):
+        if self.load[self.homes.get(name, 0)] < self.seats:
+            return 2
+        return int(any(self.load[sampler] <= 0.75 * self.seats for sampler in self.homes.values()))
+
+    def seat(self, name, rollouts):
+        home = self.homes.get(name, 0)
+        if self.load[home] >= self.seats:
+            home = min(self.homes.values(), key=self.load.__getitem__)
+        assert self.load[home] < self.seats, "nobody waits for nothing"
+        self.load[home] += rollouts
+        return home, rollouts
+
+    def leave(self, seat):
+        self.load[seat[0]] -= seat[1]
+
+
 class Trainer:
     """Takes a second a launch, or `seconds` of its place, which is what a name has before its colon."""
 
@@ -146,7 +174,7 @@ def test_the_next_place_goes_to_the_adapter_with_the_least_in_flight(simulation)
     order, running = [], Counter()
 
     async def main():
-        share = FairShare(lambda: 4, asyncio.get_running_loop().time)
+        share = FairShare(Hall(4), asyncio.get_running_loop().time)
         async with asyncio.TaskGroup() as tasks:
             for name in ["a"] * 6 + ["b"] * 2 + ["c"] * 2:
                 tasks.create_task(sample(share, name, 1, 10.0 if name == "a" else 1.0, order, running))
@@ -178,7 +206,7 @@ def test_shares_are_work_conserving_and_bounded(simulation, seed):
             assert not statistics.waiting or statistics.in_flight >= capacity
 
     async def main():
-        share = FairShare(lambda: capacity, asyncio.get_running_loop().time)
+        share = FairShare(Hall(capacity), asyncio.get_running_loop().time)
         async with asyncio.TaskGroup() as tasks:
             watching = tasks.create_task(watch(share))
             async with asyncio.TaskGroup() as clients:
@@ -207,7 +235,7 @@ def test_an_adapter_that_floods_the_samplers_does_not_starve_another(simulation)
                 await asyncio.sleep(0.3)
 
     async def main():
-        share = FairShare(lambda: 16, asyncio.get_running_loop().time)
+        share = FairShare(Hall(16), asyncio.get_running_loop().time)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(flood(share, tasks))
             tasks.create_task(small(share))
@@ -216,11 +244,34 @@ def test_an_adapter_that_floods_the_samplers_does_not_starve_another(simulation)
     assert max(waited) <= 1.0
 
 
+def test_who_has_a_place_at_home_goes_before_guests_and_guests_before_an_empty_place(simulation):
+    """a lives on the first of two samplers and b on the second, each of eight seats; a wants more than there is."""
+    order, running = [], Counter()
+
+    async def main():
+        hall = Hall(8, {"a": 0, "b": 1})
+        share = FairShare(hall, asyncio.get_running_loop().time)
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(3):
+                tasks.create_task(sample(share, "b", 2, 1.0, order, running))
+            for _ in range(12):
+                tasks.create_task(sample(share, "a", 2, 1.0, order, running))
+            await asyncio.sleep(0.5)
+            assert dict(hall.load) == {0: 8, 1: 8}, "one group of a is a guest"
+            tasks.create_task(sample(share, "b", 2, 1.0, order, running))
+            await asyncio.sleep(1)
+            assert dict(hall.load) == {0: 8, 1: 8}, "b has a place again, the others are guests'"
+            assert running == {"a": 14, "b": 2}
+
+    simulation.run_virtual(main)
+    assert order == ["b"] * 3 + ["a"] * 5 + ["b"] + ["a"] * 7
+
+
 def test_a_group_done_again_keeps_its_turn(simulation):
     order = []
 
     async def main():
-        share = FairShare(lambda: 1, asyncio.get_running_loop().time)
+        share = FairShare(Hall(1), asyncio.get_running_loop().time)
         tickets = [share.ticket() for _ in range(4)]
         async with asyncio.TaskGroup() as tasks:
             for i in (3, 1, 2, 0):
@@ -238,7 +289,7 @@ def test_a_group_done_again_keeps_its_turn(simulation):
 
 def test_a_waiter_that_is_cancelled_at_any_moment_keeps_no_place(simulation):
     async def main():
-        share = FairShare(lambda: 1, asyncio.get_running_loop().time)
+        share = FairShare(Hall(1), asyncio.get_running_loop().time)
         order, running = [], Counter()
         for turns in range(6):
             async with asyncio.TaskGroup() as tasks:
@@ -257,7 +308,7 @@ def test_a_waiter_that_is_cancelled_at_any_moment_keeps_no_place(simulation):
 
 def test_busy_shares_are_integrals_over_time(simulation):
     async def main():
-        share = FairShare(lambda: 4, asyncio.get_running_loop().time)
+        share = FairShare(Hall(4), asyncio.get_running_loop().time)
         await asyncio.sleep(2)
         async with share.places("a", 2, share.ticket()):
             await asyncio.sleep(2)

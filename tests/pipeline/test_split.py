@@ -101,18 +101,15 @@ class Engine:
 
 def pools(simulation, case, num_samplers, num_trainers):
     """Samplers and trainers of this work, so many of each."""
-    world = simulation.World(random.Random(0), spread=False, sync_seconds=case.sync)
+    # One sampler to the policy of who lives where: what is divided evenly here is each moment's rollouts, not adapters.
+    world = simulation.World(random.Random(0), capacity=case.places * num_samplers, spread=False, sync_seconds=case.sync)
 
     class Samplers(simulation.SimulatedSamplers):
         def __init__(self):
             super().__init__(world)
             self.engines = [Engine(case.first, case.more) for _ in range(num_samplers)]
 
-        @property
-        def capacity(self):
-            return case.places * num_samplers
-
-        async def rollout(self, ref, prompt_index, group_size, held_out=False):
+        async def rollout(self, ref, prompt_index, group_size, held_out=False, seat=None):
             assert ref in world.acknowledged
             index = min(range(num_samplers), key=lambda index: self.engines[index].in_flight)
             await self.engines[index].run(group_size)
