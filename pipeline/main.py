@@ -269,7 +269,7 @@ async def _watch(
         pools = Pools(running.samplers, running.trainers, running.sync)
         asked: dict[str, Counting] = {"samplers": running.samplers, "trainers": running.trainers, "sync": running.sync}
         members = Members(asked, lambda: statistics().time, metrics)
-        pipeline = Pipeline(config.run, config.cluster.trainer, pools, observers=(metrics, trace, table))
+        pipeline = Pipeline(config.run, config.cluster.trainer, pools, (metrics, trace, table), time.monotonic)
         shown.enter_context(table)
         async with asyncio.TaskGroup() as tasks:
             beside = [tasks.create_task(table.run()), tasks.create_task(members.run())]

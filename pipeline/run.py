@@ -26,7 +26,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -57,10 +57,20 @@ async def run(config: Config, pools: Pools, observers: Sequence[Observer] = ()) 
 
 
 class Pipeline:
-    """Adapters join and leave while it runs. It is made, run and asked within one event loop, whose clock it keeps."""
+    """Adapters join and leave while it runs. It is made, run and asked within one event loop.
 
-    def __init__(self, settings: RunConfig, trainer: TrainerConfig, pools: Pools, observers: Sequence[Observer] = ()) -> None:
-        clock = asyncio.get_running_loop().time
+    clock: seconds, for all that it tells of time; the loop's if None (which is uvloop's in whole milliseconds).
+    """
+
+    def __init__(
+        self,
+        settings: RunConfig,
+        trainer: TrainerConfig,
+        pools: Pools,
+        observers: Sequence[Observer] = (),
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        clock = clock or asyncio.get_running_loop().time
         self._settings = settings
         self._pools = pools
         self._adapters: dict[str, Adapter] = {}

@@ -157,19 +157,21 @@ def print_closing(summary: Mapping[str, Any], console: Console) -> None:
 
 
 def told_work(work: Mapping[str, Any] | None) -> Iterator[str]:
-    """W_s, W_t, what was done of what can be done, and the split that would do most: two lines at most."""
+    """W_s, W_t, what was done of what can be done, and the split that would do most."""
     if work is None:
         return
     samplers, trainers, best = work["samplers"], work["trainers"], work["recommended"]
     yield (
         f"an adapter-step takes {work['sampler_seconds']:.3g} s of a full sampler (W_s) "
-        f"and {work['trainer_seconds']:.3g} s of a trainer (W_t): "
-        f"{work['bound']:.3g} steps/s are possible on {samplers} + {trainers}, "
-        f"{work['steps_per_second']:.3g} were done ({work['steps_per_second'] / work['bound']:.0%})"
+        f"and {work['trainer_seconds']:.3g} s of a trainer (W_t)"
+    )
+    yield (
+        f"{samplers} + {trainers} of them can do {work['bound']:.3g} steps/s at most, "
+        f"and did {work['steps_per_second']:.3g} ({work['steps_per_second'] / work['bound']:.0%})"
     )
     if samplers + trainers > 2:
         pair = (best["samplers"], best["trainers"])
-        told = "as here" if pair == (samplers, trainers) else f"{best['bound']:.3g} steps/s are possible"
+        told = "as here" if pair == (samplers, trainers) else f"{best['bound']:.3g} steps/s at most"
         split = " + ".join(f"{number} {noun}{'s' * (number > 1)}" for noun, number in zip(POOLS, pair, strict=True))
         yield f"recommended split of {samplers + trainers} processes: {split} ({told})"
 

@@ -98,7 +98,7 @@ def test_the_last_lines_say_the_work_of_a_step_and_the_split_for_it(tmp_path, sy
             print_closing(summarize(run.statistics(), history, 99.5, samplers), console)
         told = " ".join(captured.get().split())
         assert f"takes {work['sampler_seconds']:.3g} s of a full sampler (W_s) and {work['trainer_seconds']:.3g} s of a" in told
-        assert f"{work['bound']:.3g} steps/s are possible on {samplers} + 1" in told
+        assert f"{samplers} + 1 of them can do {work['bound']:.3g} steps/s at most" in told
         assert ("recommended split of 6 processes" in told) == (samplers == 5), "two processes can be split in one way"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import random
@@ -11,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from weft.pipeline.events import GroupSampled, LaunchEnded, Phase, PhaseChanged, Synced
+from weft.configs.schema import RunConfig, TrainerConfig
+from weft.pipeline.events import Event, GroupSampled, LaunchEnded, Phase, PhaseChanged, Synced
 from weft.pipeline.history import read_lines
+from weft.pipeline.interfaces import Pools
 from weft.pipeline.metrics import Metrics
+from weft.pipeline.run import Pipeline
 from weft.pipeline.trace import FIRST_ROW, Marks, Trace, write_trace
 
 
@@ -232,3 +236,22 @@ def test_rounding_never_lets_two_slices_of_a_row_overlap(tmp_path):
     write_trace(tmp_path / "trace.json", events)
     check(records(tmp_path))
     assert list(rows(records(tmp_path))) == ["trainer 0"]
+
+
+def test_all_times_are_of_the_clock_that_the_pipeline_is_given(simulation, memory_folder):
+    def last(times: int) -> float:
+        events: list[Event] = []
+
+        async def main() -> None:
+            now = asyncio.get_running_loop().time
+            made = simulation.Simulation(simulation.World(random.Random(0), spread=False), memory_folder / str(times))
+            pools = Pools(made.samplers, made.trainers, made.sync)
+            settings = RunConfig(dir=str(memory_folder / f"run-{times}"))
+            pipeline = Pipeline(settings, TrainerConfig(), pools, [events.append], lambda: times * now())
+            await pipeline.run([simulation.adapter_config("a")])
+
+        simulation.run_virtual(main)
+        write_trace(memory_folder / "trace.json", events)
+        return max(map(end, (record for record in records(memory_folder) if record["ph"] == "X")))
+
+    assert last(3) == pytest.approx(3 * last(1))
