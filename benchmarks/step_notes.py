@@ -28,6 +28,16 @@ NOTES: tuple[str, ...] = (
     "which bytes alone need about 85 at 4.3 TB/s: expand 41, outer 36 to 39, shrink 30.",
     "Missed, LoRA at most 10 % over the base: 10.8 % at S=2,048 (N=1, 8), before outer's 3.6 ms. Next: deltas added by "
     "kernels that read their tiles through TMA; one read of dY for shrink and outer.",
+    "Since these rows, seen alone and not yet within a step (32,768 tokens, kernels/bench_products.py, TFLOP/s of PyTorch's "
+    "product, then of the fastest of cuBLAS' algorithms, the later of two turns each): gate_up 658 to 715, its input "
+    "gradient 674 to 699; down 663 to 693, 644 to 654; qkv 661 to 716, 707 to 753; o 659 to 705, 639 to 644. FP8 products "
+    "that add themselves to what is there are as fast as those that do not (gate_up 1,296 and 1,292), which spares reading "
+    "30,720 columns a token and layer.",
+    "Since these rows, likewise: SwiGLU's backward that sums down's A and gate's and up's B in passing, 1.29 ms a layer "
+    "against 1.46 ms for the three kernels apart (kernels/bench_lora.py --only mlp --sweep); in more registers a thread, "
+    "1.53 ms.",
+    "Did not help: a transposed copy of the weight for input gradients (qkv 662 TFLOP/s against 707, o 607 against 639, "
+    "gate_up 682 against 674, down 637 against 644).",
     "Not measured: 1,536 registered adapters on the card, N=64 with S=512, and stack + torch._grouped_mm, which ran out of "
     "memory beside the other process.",
 )
