@@ -72,7 +72,7 @@ class TrainerPool:
         """Launches that run at once: one on each trainer."""
         return len(self._members)
 
-    def place(self, name: str) -> Hashable:
+    def home(self, name: str) -> Hashable:
         """The process that has held this adapter since its newest `add`, dead or alive."""
         return self._home[name]
 
@@ -112,7 +112,7 @@ class TrainerPool:
         return await self._home[name].wait_end()
 
     async def step(self, batches: Sequence[TrainBatch]) -> StepResults:
-        """One launch of adapters that have one place."""
+        """One launch of adapters that have one home."""
         (home,) = {self._home[batch.ref.name] for batch in batches}
         results: StepResults = await home.request(messages.TrainStep(tuple(batches)))
         return replace(results, trainer=self._members.index(home.member))

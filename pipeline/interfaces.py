@@ -64,7 +64,7 @@ class Trainers(Protocol):
     def capacity(self) -> int:
         """Launches that run at once: one on each trainer."""
 
-    def place(self, name: str) -> Hashable:
+    def home(self, name: str) -> Hashable:
         """The process that has held this adapter since its newest `add`, dead or alive."""
 
     async def wait_ready(self) -> None: ...
@@ -78,7 +78,7 @@ class Trainers(Protocol):
         """Returns why the process died that has held this adapter since its newest `add`: at once, if it is dead."""
 
     async def step(self, batches: Sequence[TrainBatch]) -> StepResults:
-        """One fused forward and backward over all batches, whose adapters have one place; then one optimizer step each."""
+        """One fused forward and backward over all batches, whose adapters have one home; then one optimizer step each."""
 
     async def save(self, ref: AdapterRef, folder: str) -> Saved: ...
 

@@ -159,7 +159,7 @@ class Stepped:
 @dataclass(eq=False)
 class _Submission:
     batch: TrainBatch
-    place: Hashable
+    home: Hashable
     on_launch: Callable[[], None]
     submitted: float
     stepped: asyncio.Future[Stepped] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -189,19 +189,19 @@ class StepScheduler:
         self._on_end = on_end
         self._meter = LoadMeter(clock)
         self._pending: list[_Submission] = []
-        self._launching: set[Hashable] = set()  # places
+        self._launching: set[Hashable] = set()  # homes
 
     async def submit(self, batch: TrainBatch, on_launch: Callable[[], None] = lambda: None) -> Stepped:
         """One optimizer step of one adapter; waits for its launch. Raises what the trainer raises.
 
         `on_launch` is called when its launch begins. To cancel a batch that is launched does not stop the launch.
         """
-        place = self._trainers.place(batch.ref.name)
-        submission = _Submission(batch, place, on_launch, self._clock())
+        home = self._trainers.home(batch.ref.name)
+        submission = _Submission(batch, home, on_launch, self._clock())
         self._pending.append(submission)
-        if place not in self._launching:
-            self._launching.add(place)
-            self._tasks.create_task(self._launch(place))
+        if home not in self._launching:
+            self._launching.add(home)
+            self._tasks.create_task(self._launch(home))
         try:
             return await submission.stepped
         finally:
@@ -212,23 +212,23 @@ class StepScheduler:
         """The trainers, in launches."""
         return self._meter.statistics(self._trainers.capacity, len(self._pending))
 
-    async def _launch(self, place: Hashable) -> None:
+    async def _launch(self, home: Hashable) -> None:
         """Launch on one trainer until nobody waits for it.
 
         Begins a turn of the loop after the first submission, so all that come at once share.
         """
         try:
-            while waiting := self._waiting(place):
+            while waiting := self._waiting(home):
                 chosen = self._choose(waiting)
                 for submission in chosen:
                     self._pending.remove(submission)
                     submission.on_launch()
                 await self._step(chosen)
         finally:
-            self._launching.discard(place)
+            self._launching.discard(home)
 
-    def _waiting(self, place: Hashable) -> list[_Submission]:
-        return [submission for submission in self._pending if submission.place == place]
+    def _waiting(self, home: Hashable) -> list[_Submission]:
+        return [submission for submission in self._pending if submission.home == home]
 
     def _choose(self, waiting: list[_Submission]) -> list[_Submission]:
         chosen, tokens = waiting[:1], len(waiting[0].batch.tokens)
@@ -244,7 +244,7 @@ class StepScheduler:
         try:
             results = await self._trainers.step([submission.batch for submission in chosen])
         except Exception as error:  # noqa: BLE001 nothing is swallowed: it is raised again in every adapter that waits for this launch
-            lost = [*chosen, *self._waiting(chosen[0].place)] if isinstance(error, PeerDiedError) else chosen
+            lost = [*chosen, *self._waiting(chosen[0].home)] if isinstance(error, PeerDiedError) else chosen
             for submission in lost:
                 if not submission.stepped.done():
                     submission.stepped.set_exception(error)

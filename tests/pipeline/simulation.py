@@ -328,7 +328,7 @@ class SimulatedTrainers:
     def capacity(self) -> int:
         return 1
 
-    def place(self, name: str) -> int:
+    def home(self, name: str) -> int:
         return self.held[name][0]
 
     async def wait_ready(self) -> None:
@@ -349,7 +349,7 @@ class SimulatedTrainers:
         return self.process.why(life)
 
     async def step(self, batches: Sequence[TrainBatch]) -> messages.StepResults:
-        assert len({self.place(batch.ref.name) for batch in batches}) == 1, "a launch on two processes"
+        assert len({self.home(batch.ref.name) for batch in batches}) == 1, "a launch on two processes"
         for batch in batches:
             self._weights(batch.ref)
         assert not self.stepping, "two launches at once"

@@ -48,7 +48,7 @@ class Hall:
 
 
 class Trainer:
-    """Takes a second a launch, or `seconds` of its place, which is what a name has before its colon."""
+    """Takes a second a launch, or `seconds` of its home, which is what a name has before its colon."""
 
     def __init__(self, dies_at=(), seconds=None):
         self.launches = []
@@ -57,17 +57,17 @@ class Trainer:
         self.seconds = seconds or {}
         self.capacity = max(1, len(self.seconds))
 
-    def place(self, name):
+    def home(self, name):
         return name.rpartition(":")[0]
 
     async def step(self, batches):
-        (place,) = {self.place(item.ref.name) for item in batches}
-        assert place not in self.running, "one launch at a time"
-        self.running.add(place)
+        (home,) = {self.home(item.ref.name) for item in batches}
+        assert home not in self.running, "one launch at a time"
+        self.running.add(home)
         self.launches.append([item.ref.name for item in batches])
         number = len(self.launches)
-        await asyncio.sleep(self.seconds.get(place, 1.0))
-        self.running.discard(place)
+        await asyncio.sleep(self.seconds.get(home, 1.0))
+        self.running.discard(home)
         if number in self.dies_at:
             raise PeerDiedError("killed")
         return StepResults(tuple(StepResult(item.ref, len(item.tokens), {}) for item in batches), 1.0)

@@ -125,11 +125,11 @@ def pools(simulation, case, num_samplers, num_trainers):
         def capacity(self):
             return num_trainers
 
-        def place(self, name):
+        def home(self, name):
             return self.homes.setdefault(name, len(self.homes) % num_trainers)
 
         async def step(self, batches):
-            (home,) = {self.place(batch.ref.name) for batch in batches}
+            (home,) = {self.home(batch.ref.name) for batch in batches}
             seconds = case.training * len(batches)
             await asyncio.sleep(seconds)
             return StepResults(tuple(self._train(batch) for batch in batches), seconds, home)
