@@ -1,10 +1,11 @@
 """One slab to many samplers: announced, broadcast, installed; a sampler that dies in between holds nobody up.
 
     Receive to each, and at once the broadcast that they take part in ──> all have it ──> Install to each ──> all have answered
-    └──────────────────── one slab at a time ────────────────────────────────────────┘
+                             └──────────── one slab at a time ───────┘
 
-The samplers that a slab goes to form one broadcast group, made when it is first needed and kept for the next slab. Whatever
-goes wrong in a group dissolves it, and those that still wait get the slab under a new epoch.
+The samplers that a slab goes to form one broadcast group, made when it is first needed and kept for the next slab. Slabs are
+announced at any time, each with its number in the group, and broadcast in that order. Whatever goes wrong in a group dissolves
+it before the next of its broadcasts could begin, and those that still wait get their slabs under a new epoch.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -27,6 +29,7 @@ from weft.transport.messages import AdapterRef, GetStatistics, Install, Receive,
 T = TypeVar("T")
 Slab = Callable[[], torch.Tensor]  # gives the bytes, uint8 [nbytes], on whatever thread it is called; again when called again
 ROUNDS = 3  # broadcasts of one slab that may fail before it has failed
+AHEAD = 16  # slabs announced and not yet broadcast: each takes a place in a sampler's queue
 MAX_GROUPS = 12  # kept for the sets of samplers seen last: adapters live on different ones
 _log = logging.getLogger(__name__)
 
@@ -81,11 +84,12 @@ class Peer:
             return  # it answers badly or not at all, so it is not known to be dead: the driver decides
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Group:
     epoch: str
     peers: tuple[Peer, ...]
     link: BroadcastGroup
+    announced: int = 0  # slabs
 
 
 @dataclass
@@ -107,7 +111,8 @@ class FanOut:
         self._store = RendezvousStore(host)
         self._run = uuid.uuid4().hex[:8]  # samplers outlive relays, and an epoch is used once
         self._groups: dict[tuple[Peer, ...], _Group] = {}
-        self._turn = asyncio.Lock()  # one slab at a time is announced and broadcast: what is announced first comes first
+        self._turn = asyncio.Lock()  # one slab at a time is broadcast: what is announced first comes first
+        self._ahead = asyncio.Semaphore(AHEAD)
         self.epoch = 0
         self.bytes_sent = 0
         self.notice = ""  # what the user should know, until somebody has told him
@@ -163,7 +168,7 @@ class FanOut:
     async def _round(self, handle: SlabHandle, slab: Slab, peers: list[Peer], times: Times) -> dict[Peer, WeftError]:
         """Why each that refuses it does. Raises when a peer died or the broadcast failed: those that still wait are asked
         again, since the dead one may have been between the root and these."""
-        async with self._turn:
+        async with self._ahead:
             group = self._groups.get(tuple(peers)) or self._form(tuple(peers))
             errors = await self._guarded(group, self._announce_and_broadcast(handle, slab, group, times))
         if not errors:
@@ -180,18 +185,26 @@ class FanOut:
     ) -> dict[Peer, WeftError]:
         """Why those that cannot receive it cannot. The broadcast begins at once, and meets those that have been told of it."""
         started = time.monotonic()
+        sequence = group.announced
+        group.announced += 1
         failure: WeftError | None = None
 
         async def broadcast() -> None:
             nonlocal failure
-            try:
-                await asyncio.to_thread(lambda: group.link.broadcast(self._placed(slab())))
-            except WeftError as error:  # raised below, unless it is that the group was ended: a TaskGroup would wrap it
-                failure = error
+            async with self._turn:  # which those have who announced before
+                try:
+                    await asyncio.to_thread(lambda: group.link.broadcast(self._placed(slab())))
+                except WeftError as error:  # raised below, unless it is that the group was ended: a TaskGroup would wrap it
+                    failure = error
+                    self._end(group)  # or the next slab would come in place of this one
+                except BaseException:
+                    self._end(group)
+                    raise
 
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(broadcast())
-            errors = await _ask(group.peers, lambda peer: self._receive(handle, group, peer), self._config.deadline_s)
+            told = partial(self._receive, handle, group, sequence)
+            errors = await _ask(group.peers, told, self._config.deadline_s)
             if errors:
                 self._end(group)  # who was told waits no more, and is told again
         if errors:
@@ -253,7 +266,7 @@ class FanOut:
             self._store.dissolve(group.epoch)
             group.link.close()
 
-    def _receive(self, handle: SlabHandle, group: _Group, peer: Peer) -> Receive:
+    def _receive(self, handle: SlabHandle, group: _Group, sequence: int, peer: Peer) -> Receive:
         return Receive(
             handle=handle,
             store=self._store.address,
@@ -262,6 +275,7 @@ class FanOut:
             world_size=len(group.peers) + 1,
             backend=self.backend,
             deadline_s=self._config.deadline_s,
+            sequence=sequence,
         )
 
     def _placed(self, slab: torch.Tensor) -> torch.Tensor:

@@ -171,7 +171,7 @@ class Sampler:
         lora_id = self._leases.new_id()
         self._announced[handle.ref] = (message, lora_id)  # from now on: one that is given up here may have its slot there
         try:
-            await self._engine.call("slab_receive", str(handle.ref), slab, group, data, lora_id)
+            await self._engine.call("slab_receive", str(handle.ref), slab, group, data, lora_id, message.sequence)
         except CallError as error:
             self._announced.pop(handle.ref, None)
             raise InstallError(f"sampler {self._index} cannot take {handle.ref}: {error}") from error

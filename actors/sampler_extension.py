@@ -36,7 +36,9 @@ from weft.actors.lora import SlabLayout, linear_shapes
 from weft.actors.sampler_lora import use_grouped_lora
 from weft.kernels.pack import Places, pair_targets, scatter_slab
 from weft.transport.broadcast import BroadcastGroup
+from weft.transport.errors import PeerDiedError
 
+Then = Callable[[torch.Tensor | BaseException], None]
 PENDING, INSTALLED = "pending", "installed"
 MAX_FORMS = 64  # layouts whose places are kept; an adapter has one
 MAX_TIMES = 64  # arrivals whose time is kept
@@ -91,21 +93,22 @@ class _Arrival:
 
 
 class _Line:
-    """One broadcast group and the thread that receives over it, in the order of asking. A fault ends it and what waits."""
+    """One broadcast group and the thread that receives over it, in the order of broadcasting, which may not be that of asking.
+    A fault ends it and what waits."""
 
     def __init__(self, group: dict[str, Any], device: torch.device, stream: Any) -> None:
         """stream: which no step runs on; what is received is allocated on it."""
         self._link = BroadcastGroup(**group)
         self._device, self._stream = (device, stream) if group["backend"] == "nccl" else (torch.device("cpu"), None)
-        self._jobs: queue.Queue[tuple[int, Callable[[torch.Tensor | BaseException], None]] | None] = queue.Queue(MAX_WAITING)
+        self._jobs: queue.Queue[tuple[int, int, Then] | None] = queue.Queue(MAX_WAITING)
         self.broken: BaseException | None = None
         if self._stream is not None:
             sys.setswitchinterval(SWITCH_S)
         threading.Thread(target=self._serve, name=f"weft-{group['epoch']}", daemon=True).start()
 
-    def receive(self, nbytes: int, then: Callable[[torch.Tensor | BaseException], None]) -> None:
-        """`then` gets the next broadcast (uint8), or why it did not come. Raises queue.Full when too many wait."""
-        self._jobs.put_nowait((nbytes, then))
+    def receive(self, sequence: int, nbytes: int, then: Then) -> None:
+        """`then` gets broadcast number `sequence` (uint8), or why it did not come. Raises queue.Full when too many wait."""
+        self._jobs.put_nowait((sequence, nbytes, then))
 
     def close(self) -> None:
         """Leave the group; what still waits for it fails."""
@@ -113,19 +116,27 @@ class _Line:
         self._jobs.put(None)
 
     def _serve(self) -> None:
+        early: dict[int, tuple[int, Then]] = {}
+        next_one = 0
         while (job := self._jobs.get()) is not None:
-            nbytes, then = job
-            try:
-                with torch.cuda.stream(self._stream):  # on the engine's own it could be memory that a step still reads
-                    raw = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-                self._link.broadcast(raw)
-            except Exception as error:  # noqa: BLE001 whatever it is, the waiting install reports it; the group is lost
-                self._link.close()
-                self.broken = error
-                then(error)
-            else:
-                then(raw)
-                del raw
+            early[job[0]] = job[1:]
+            while early and (next_one in early or self.broken is not None):
+                self._bring(*early.pop(next_one if next_one in early else min(early)))
+                next_one += 1
+        for _, then in early.values():
+            then(PeerDiedError("the group was left before this broadcast"))
+
+    def _bring(self, nbytes: int, then: Then) -> None:
+        try:
+            with torch.cuda.stream(self._stream):  # on the engine's own it could be memory that a step still reads
+                raw = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+            self._link.broadcast(raw)
+        except Exception as error:  # noqa: BLE001 whatever it is, the waiting install reports it; the group is lost
+            self._link.close()
+            self.broken = error
+            then(error)
+        else:
+            then(raw)
 
 
 class SamplerExtension:
@@ -179,10 +190,11 @@ class SamplerExtension:
         return manager
 
     def slab_receive(
-        self, key: str, slab: dict[str, Any], group: dict[str, Any] | None, data: bytes | None, lora_id: int
+        self, key: str, slab: dict[str, Any], group: dict[str, Any] | None, data: bytes | None, lora_id: int, sequence: int
     ) -> None:
         """Expect the slab `key`, which will be adapter `lora_id`; returns at once. slab: nbytes, dtype, rank, scale, modules.
-        group: BroadcastGroup's arguments. data: the bytes themselves, and then there is no broadcast.
+        group: BroadcastGroup's arguments, of which broadcast number `sequence` brings it. data: the bytes themselves, and then
+        there is no broadcast.
 
         Raises ValueError for a slab that cannot fit this engine.
         """
@@ -205,7 +217,7 @@ class SamplerExtension:
             threading.Thread(target=settle, args=(raw,), name=f"weft-{key}", daemon=True).start()
         else:
             assert group is not None, "either bytes or a group"
-            self._line(group).receive(slab["nbytes"], settle)
+            self._line(group).receive(sequence, slab["nbytes"], settle)
 
     def slab_install(self, key: str, lora_id: int) -> str:
         """Have vLLM know a received slab as `lora_id`: INSTALLED, or PENDING while it is on its way. Never waits.

@@ -148,7 +148,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Receive:
-    """-> Done, once the worker waits for it. The next broadcast of group `epoch` brings this slab to this sampler."""
+    """-> Done, once the worker waits for it. Broadcast number `sequence` of group `epoch` brings this slab to this sampler."""
 
     handle: SlabHandle
     store: str  # host:port of the rendezvous store
@@ -157,6 +157,7 @@ class Receive:
     world_size: int
     backend: str
     deadline_s: float
+    sequence: int = 0
 
 
 @dataclass(frozen=True)

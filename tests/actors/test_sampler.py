@@ -660,10 +660,10 @@ def test_a_version_told_twice_is_installed_once(bench: Bench) -> None:
     bench.run(law())
 
 
-def broadcast(bench: Bench, handle: SlabHandle, group: BroadcastGroup, store: str, epoch: str) -> None:
+def broadcast(bench: Bench, handle: SlabHandle, group: BroadcastGroup, store: str, epoch: str, sequence: int = 0) -> None:
     async def work() -> None:
         announced = dataclasses.replace(handle, data=None)
-        await bench.sampler.handle(Receive(announced, store, epoch, 1, 2, "gloo", 10.0))
+        await bench.sampler.handle(Receive(announced, store, epoch, 1, 2, "gloo", 10.0, sequence))
         async with asyncio.TaskGroup() as tasks:
             install = tasks.create_task(bench.sampler.handle(Install(handle.ref)))  # waits for the slab; the engine does not
             bench.check(await bench.rollout(dataclasses.replace(handle.ref, version=0)))
@@ -678,10 +678,10 @@ def test_slabs_come_by_broadcast_while_the_engine_goes_on(bench: Bench) -> None:
     store = RendezvousStore()
     for epoch in ("a", "b"):  # a relay that forms its group anew
         group = BroadcastGroup(store.address, epoch, 0, 2, deadline_s=10.0)
-        for _ in range(2):  # a group is kept for the next slab
+        for sequence in range(2):  # a group is kept for the next slab
             ref = dataclasses.replace(ref, version=ref.version + 1)
             handle = bench.reference.slab(ref)
-            broadcast(bench, handle, group, store.address, epoch)
+            broadcast(bench, handle, group, store.address, epoch, sequence)
             bench.check(bench.run(bench.rollout(ref)))
             bench.run(bench.sampler.handle(Retire(ref)))
         group.close()
@@ -712,18 +712,19 @@ def test_a_slab_that_comes_after_its_install_was_given_up_never_touches_the_vers
     late, other, last = (bench.reference.slab(dataclasses.replace(ref, version=version)) for version in (1, 2, 3))
     group = BroadcastGroup(store.address, "late", 0, 2, deadline_s=10.0)
 
-    async def announce(handle: SlabHandle) -> None:
-        await bench.sampler.handle(Receive(dataclasses.replace(handle, data=None), store.address, "late", 1, 2, "gloo", 10.0))
+    async def announce(handle: SlabHandle, sequence: int) -> None:
+        announced = dataclasses.replace(handle, data=None)
+        await bench.sampler.handle(Receive(announced, store.address, "late", 1, 2, "gloo", 10.0, sequence))
 
     async def law() -> None:
-        await announce(late)
+        await announce(late, 0)
         async with asyncio.TaskGroup() as tasks:
             install = tasks.create_task(bench.sampler.handle(Install(late.ref)))
             while str(late.ref) not in (await bench.statistics()).live_versions:
                 await bench.sampler._engine.call("slab_statistics")
             install.cancel()
         await bench.publish(other)  # into the place that is free now
-        await announce(last)
+        await announce(last, 1)
         for handle in (late, last):
             await asyncio.to_thread(group.broadcast, torch.from_numpy(handle.data))
         await bench.sampler.handle(Install(last.ref))  # one thread receives both: the late one has come, too
