@@ -284,7 +284,7 @@ def _close(config: Config, statistics: PipelineStatistics, wall_seconds: float, 
     """Write the summary and the report; the exit status says whether every adapter finished."""
     folder = Path(config.run.dir)
     history = History.read(folder)
-    summary = summarize(statistics, history, wall_seconds, config.cluster.samplers)
+    summary = summarize(statistics, history, wall_seconds, config.cluster)
     write_report(folder, history, summary, to_mapping(config))
     write_summary(folder / SUMMARY_FILE, summary)  # last: with it the run counts as finished
     print_closing(summary, console)

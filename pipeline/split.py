@@ -84,14 +84,16 @@ def bound(work: Work, wanted: Wanted, samplers: int, trainers: int) -> float:
     return min(sampling, wanted.adapters / (home * work.training), wanted.adapters / elsewhere)
 
 
-def splits(work: Work, wanted: Wanted, members: int) -> list[Split]:
-    """Every split of `members` processes, each pool with one at least."""
-    return [Split(k, members - k, bound(work, wanted, k, members - k)) for k in range(1, members)]
+def splits(work: Work, wanted: Wanted, cards: int, of_each: tuple[int, int] = (1, 1)) -> list[Split]:
+    """Every split of `cards`, each pool with a process at least. of_each: cards of a sampler, and of a trainer."""
+    per_sampler, per_trainer = of_each
+    pairs = [(k, (cards - k * per_sampler) // per_trainer) for k in range(1, (cards - per_trainer) // per_sampler + 1)]
+    return [Split(*pair, bound(work, wanted, *pair)) for pair in pairs]
 
 
-def recommend(work: Work, wanted: Wanted, members: int) -> Split:
+def recommend(work: Work, wanted: Wanted, cards: int, of_each: tuple[int, int] = (1, 1)) -> Split:
     """The split with the highest bound; of several within a thousandth, the one whose busier pool is the least busy."""
-    every = splits(work, wanted, members)
+    every = splits(work, wanted, cards, of_each)
     most = max(split.bound for split in every)
 
     def busiest(split: Split) -> float:
@@ -100,15 +102,19 @@ def recommend(work: Work, wanted: Wanted, members: int) -> Split:
     return min((split for split in every if split.bound >= 0.999 * most), key=busiest)
 
 
-def account(history: History, samplers: int, trainers: int, capacity: int) -> dict[str, Any] | None:
+def account(
+    history: History, samplers: int, trainers: int, capacity: int, of_each: tuple[int, int] = (1, 1)
+) -> dict[str, Any] | None:
     """What the newest session needed, did and could have done, for summary.json. None: it took no step.
 
-    samplers: how many there were, 0 for as many as sampled; capacity: rollouts that all of them run at once.
+    samplers: how many there were, 0 for as many as sampled; capacity: rollouts that all of them run at once; of_each: cards of
+    a sampler, and of a trainer (a process that has none, or a share of one, counts as one).
     """
     samplers = samplers or samplers_seen(history)
     work, wanted = measure(history, capacity / max(samplers, 1)), wanted_of(history)
     if work is None:
         return None
+    cards = samplers * of_each[0] + trainers * of_each[1]
     return {
         "sampler_seconds": work.sampler_seconds,
         "trainer_seconds": work.trainer_seconds,
@@ -121,8 +127,9 @@ def account(history: History, samplers: int, trainers: int, capacity: int) -> di
         "trainers": trainers,
         "steps_per_second": achieved(history),
         "bound": bound(work, wanted, samplers, trainers),
-        "recommended": asdict(recommend(work, wanted, samplers + trainers)),
-        "splits": [asdict(split) for split in splits(work, wanted, samplers + trainers)],
+        "cards": cards,
+        "recommended": asdict(recommend(work, wanted, cards, of_each)),
+        "splits": [asdict(split) for split in splits(work, wanted, cards, of_each)],
     }
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from weft.configs.schema import ClusterConfig
 from weft.pipeline.events import AdapterStatistics, PipelineStatistics, PoolStatistics
 from weft.pipeline.history import AdapterHistory, History
 from weft.pipeline.metrics import finite
@@ -22,8 +23,10 @@ POOLS = ("sampler", "trainer")
 Summary = dict[str, Any]
 
 
-def summarize(statistics: PipelineStatistics, history: History, wall_seconds: float, samplers: int = 0) -> Summary:
-    """The summary of a run. samplers: how many there were; 0: as many as sampled.
+def summarize(
+    statistics: PipelineStatistics, history: History, wall_seconds: float, cluster: ClusterConfig | None = None
+) -> Summary:
+    """The summary of a run. cluster: what it ran on; None: as many samplers as have sampled, each process alike.
 
     wall_seconds: of the command, from start to end, set-up of the cluster included; the seconds of earlier sessions that a
     resume continues are in `session_seconds`. staleness_violations: tokens trained beyond their adapter's bound, by what each
@@ -43,10 +46,18 @@ def summarize(statistics: PipelineStatistics, history: History, wall_seconds: fl
         "staleness_violations": sum(adapter["staleness_violations"] for adapter in adapters.values()),
         "pools": {"samplers": _pool(statistics.samplers), "trainers": _pool(statistics.trainers)},
         "members": history.members,
-        "work": account(history, samplers, statistics.trainers.capacity, statistics.samplers.capacity),
+        "work": _work(statistics, history, cluster),
         "warnings": list(statistics.warnings),
         "adapters": adapters,
     }
+
+
+def _work(statistics: PipelineStatistics, history: History, cluster: ClusterConfig | None) -> Summary | None:
+    sizes = (statistics.trainers.capacity, statistics.samplers.capacity)
+    if cluster is None:
+        return account(history, 0, *sizes)
+    of_each = (max(int(cluster.gpus_per_sampler), 1), max(int(cluster.gpus_per_trainer), 1))
+    return account(history, cluster.samplers, *sizes, of_each)
 
 
 def write_summary(path: str | Path, summary: Mapping[str, Any]) -> None:
@@ -169,11 +180,12 @@ def told_work(work: Mapping[str, Any] | None) -> Iterator[str]:
         f"{samplers} + {trainers} of them can do {work['bound']:.3g} steps/s at most, "
         f"and did {work['steps_per_second']:.3g} ({work['steps_per_second'] / work['bound']:.0%})"
     )
-    if samplers + trainers > 2:
+    if len(work["splits"]) > 1:
         pair = (best["samplers"], best["trainers"])
         told = "as here" if pair == (samplers, trainers) else f"{best['bound']:.3g} steps/s at most"
         split = " + ".join(f"{number} {noun}{'s' * (number > 1)}" for noun, number in zip(POOLS, pair, strict=True))
-        yield f"recommended split of {samplers + trainers} processes: {split} ({told})"
+        whole = f"{work['cards']} {'processes' if work['cards'] == samplers + trainers else 'GPUs'}"
+        yield f"recommended split of {whole}: {split} ({told})"
 
 
 def _change(base: float | None, final: float | None) -> Text:

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from weft.configs.schema import AdapterConfig, LoraConfig
+from weft.configs.schema import AdapterConfig, ClusterConfig, LoraConfig
 from weft.pipeline.events import LaunchEnded, StepTaken
 from weft.pipeline.history import History
 from weft.pipeline.metrics import Metrics
@@ -103,7 +103,7 @@ def test_the_page_tells_who_failed_and_why(written):
 def test_the_page_tells_the_work_of_a_step_and_what_each_split_could_do(tmp_path, synthetic_run):
     run = synthetic_run(num_steps=4)
     history = record(tmp_path, run)
-    summary = summarize(run.statistics(), history, 75.0, samplers=39)
+    summary = summarize(run.statistics(), history, 75.0, ClusterConfig(samplers=39))
     page, told = Page(), write_report(tmp_path, history, summary, {}).read_text()
     page.feed(told)
     assert "W_s" in page.text and "recommended split of 40 processes" in page.text

@@ -241,6 +241,20 @@ def test_no_split_of_the_same_processes_has_a_higher_bound_than_the_recommended(
     assert asked in every and asked.bound >= 0.999 * max(split.bound for split in every)
 
 
+@pytest.mark.parametrize("seed", range(50))
+def test_no_split_takes_more_cards_than_there_are_or_leaves_a_process_that_they_would_hold(seed):
+    chance = random.Random(seed)
+    work, wanted = random_work(chance)
+    of_each = (chance.randint(1, 4), chance.randint(1, 4))
+    cards = sum(of_each) + chance.randint(0, 12)
+    every = splits(work, wanted, cards, of_each)
+    assert every and recommend(work, wanted, cards, of_each) in every
+    for split in every:
+        used = split.samplers * of_each[0] + split.trainers * of_each[1]
+        assert cards - of_each[1] < used <= cards and split.samplers >= 1 and split.trainers >= 1
+    assert [split.samplers for split in every] == list(range(1, (cards - of_each[1]) // of_each[0] + 1))
+
+
 def test_of_splits_that_can_do_the_same_the_one_with_most_to_spare_is_recommended():
     work, wanted = Work(latency=100.0, marginal=0.1, room=100.0, training=0.1, sync=0.1), Wanted(4, 4)
     assert recommend(work, wanted, 9) == Split(8, 1, pytest.approx(4 / 100, rel=0.01))

@@ -6,9 +6,10 @@ import math
 import pytest
 from rich.console import Console
 
+from weft.configs.schema import ClusterConfig
 from weft.pipeline.history import History
 from weft.pipeline.metrics import Metrics
-from weft.pipeline.summary import closing_table, count, duration, print_closing, summarize, write_summary
+from weft.pipeline.summary import closing_table, count, duration, print_closing, summarize, told_work, write_summary
 
 PER_ADAPTER = {
     "state", "version", "eval_base", "eval_final", "max_staleness", "max_staleness_seen", "tokens_trained", "tokens_sampled",
@@ -91,15 +92,18 @@ def test_the_last_lines_say_the_work_of_a_step_and_the_split_for_it(tmp_path, sy
     history = History.read(tmp_path)
     launches = [launch.end - launch.start for launch in history.launches]
     for samplers in (1, 5):
-        work = summarize(run.statistics(), history, 99.5, samplers)["work"]
+        work = summarize(run.statistics(), history, 99.5, ClusterConfig(samplers=samplers))["work"]
         assert work["trainer_seconds"] == pytest.approx(sum(launches) / (8 * 6)) and work["adapters"] == 8
         assert work["steps_per_second"] == pytest.approx(8 * 6 / run.now, rel=0.3)
         with (console := Console(width=100)).capture() as captured:
-            print_closing(summarize(run.statistics(), history, 99.5, samplers), console)
+            print_closing(summarize(run.statistics(), history, 99.5, ClusterConfig(samplers=samplers)), console)
         told = " ".join(captured.get().split())
         assert f"takes {work['sampler_seconds']:.3g} s of a full sampler (W_s) and {work['trainer_seconds']:.3g} s of a" in told
         assert f"{samplers} + 1 of them can do {work['bound']:.3g} steps/s at most" in told
         assert ("recommended split of 6 processes" in told) == (samplers == 5), "two processes can be split in one way"
+    wide = summarize(run.statistics(), history, 99.5, ClusterConfig(samplers=3, gpus_per_sampler=2, gpus_per_trainer=1))["work"]
+    assert wide["cards"] == 7 and [(one["samplers"], one["trainers"]) for one in wide["splits"]] == [(1, 5), (2, 3), (3, 1)]
+    assert any(line.startswith("recommended split of 7 GPUs") for line in told_work(wide))
 
 
 def test_a_run_without_one_step_has_a_summary_too(tmp_path, synthetic_run):
