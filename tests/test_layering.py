@@ -24,7 +24,13 @@ OWNERS = {
     "ray": {"actors/cluster.py"},
     "torch.distributed": {"transport/broadcast.py", "transport/rendezvous.py"},
     "uvloop": {"pipeline/main.py"},
-    "vllm": {"actors/sampler_engine.py", "actors/sampler_extension.py", "actors/sampler_lora.py"},
+    "vllm": {
+        "actors/punica.py",
+        "actors/sampler_engine.py",
+        "actors/sampler_extension.py",
+        "actors/sampler_lora.py",
+        "actors/vllm_plugin.py",
+    },
     "zmq": {"transport/channel.py"},
 }
 NOT_IN_PIPELINE = {"torch", "ray", "vllm", "zmq", "transformers"}

@@ -10,7 +10,6 @@ time of a base product with adapters less that of the base product alone, in mic
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 import subprocess
 import sys
@@ -108,20 +107,30 @@ def candidates(tokens: int) -> Iterator[tuple[str, Settings]]:
     """What --tune tries: one side at a time."""
     usual = kernels.settings(tokens, RANK)
     yield "usual", usual
-    heights = (0, 1) if 64 < tokens <= 512 else (usual.height,)
     if tokens <= 512:
-        forms = [(256, 256, 4, 1), (512, 512, 8, 1), (256, 512, 4, 2), (128, 512, 4, 3), (128, 1024, 4, 4), (256, 256, 8, 1)]
-        spans = [(128, 1056, 4, 1), (256, 1056, 4, 1), (64, 1056, 4, 2), (128, 528, 4, 3), (256, 528, 8, 2), (128, 2112, 4, 2),
-                 (128, 264, 4, 4)]  # fmt: skip
+        forms = [
+            (256, 256, 4, 1, 264), (256, 256, 4, 1, 528), (128, 512, 4, 3, 264), (128, 512, 4, 3, 528), (128, 512, 4, 4, 396),
+            (128, 1024, 4, 4, 264), (128, 1024, 4, 4, 396), (64, 512, 4, 4, 528), (128, 256, 4, 2, 528),
+        ]  # fmt: skip
+        spans = [
+            (128, 396, 4, 3), (128, 660, 4, 3), (128, 528, 4, 4), (128, 792, 4, 2), (256, 264, 4, 3), (256, 396, 4, 2),
+            (256, 264, 8, 3), (64, 792, 4, 4), (128, 264, 4, 5),
+        ]  # fmt: skip
     else:
-        forms = [(64, 1 << 20, 4, 3), (64, 1 << 20, 8, 4), (64, 1280, 4, 4), (128, 1 << 20, 8, 3)]
-        spans = [(128, 1056, 4, 2), (256, 528, 8, 2), (128, 528, 8, 3), (64, 528, 4, 3), (128, 264, 4, 3)]
-    for height, (depth, chunk, warps, stages) in itertools.product(heights, forms):
-        own = usual._replace(height=height, depth=depth, chunk=chunk, shrink_warps=warps, shrink_stages=stages)
-        yield f"shrink {height} {depth} {chunk} {warps} {stages}", own
-    for height, (columns, programs, warps, stages) in itertools.product(heights, spans):
-        own = usual._replace(height=height, columns=columns, expand_programs=programs, expand_warps=warps, expand_stages=stages)
-        yield f"expand {height} {columns} {programs} {warps} {stages}", own
+        forms = [
+            (64, 1280, 4, 3, 528),
+            (64, 640, 4, 4, 528),
+            (128, 1280, 8, 3, 264),
+            (128, 1280, 8, 2, 264),
+            (64, 2560, 4, 4, 528),
+        ]
+        spans = [(128, 396, 4, 3), (64, 528, 4, 4), (128, 264, 8, 3), (128, 132, 8, 4), (128, 264, 4, 4), (256, 132, 8, 3)]
+    for depth, chunk, warps, stages, programs in forms:
+        own = usual._replace(depth=depth, chunk=chunk, shrink_warps=warps, shrink_stages=stages, shrink_programs=programs)
+        yield f"shrink {depth} {chunk} {warps} {stages} {programs}", own
+    for columns, programs, warps, stages in spans:
+        own = usual._replace(columns=columns, expand_programs=programs, expand_warps=warps, expand_stages=stages)
+        yield f"expand {columns} {programs} {warps} {stages}", own
 
 
 def compile_all(tokens: list[int], share: int, of: int) -> None:

@@ -43,12 +43,13 @@ class Settings(NamedTuple):
     expand_stages: int
 
 
-FEW = Settings(0, 256, 256, False, 1056, 4, 1, 128, 1056, 4, 2)
-SOME = Settings(1, 256, 512, False, 1056, 4, 2, 128, 1056, 4, 2)
-MANY = Settings(2, 64, 1 << 20, True, 528, 4, 4, 128, 528, 4, 2)
+FEW = Settings(0, 256, 256, False, 528, 4, 1, 128, 528, 4, 3)
+SOME = Settings(0, 128, 512, False, 396, 4, 3, 128, 528, 4, 3)
+MANY = Settings(1, 64, 1280, True, 528, 4, 4, 128, 264, 4, 3)
 LIMITS = ((64, FEW), (512, SOME))
 NARROW_RANK = 32  # of which the settings are; what is wider has as much less of the other side
 MOST_CHUNKS = 40
+AHEAD = tl.constexpr(32768)  # bytes that a program of expand has brought to the cache before its turn: all of them must fit
 
 
 def settings(tokens: int, rank: int) -> Settings:
@@ -209,8 +210,9 @@ def _shrink(
                 a_at += BLOCK_K
         sums_at = sums + (chunk * tokens + i).to(tl.int64)[:, None] * (PARTS * RANK) + (part * RANK + r)[None, :]
         tl.store(sums_at, total, mask=(i < stop)[:, None] & there[None, :])
-    if CHAINED:
-        tl.extra.cuda.gdc_wait()  # the programs without work too: what follows must not overtake what came before
+    if CHAINED:  # noqa: SIM102 known when it is compiled, the other is not
+        if tl.program_id(0) == 0:
+            tl.extra.cuda.gdc_wait()  # though it has no work: what comes next must not overtake what came before
 
 
 @triton.jit(do_not_specialize=["variant", "tiles_at", "tokens_at", "tokens"])
@@ -244,8 +246,9 @@ def _expand(
             past = tl.minimum(tl.minimum(within + end - item, last) * BLOCK_O, width)
             if rank == RANK:
                 size: tl.constexpr = RANK * b.dtype.element_ty.primitive_bitwidth // 8
-                _to_cache(b + gap + (slot * width + first) * RANK, (past - first) * size)
-        tl.extra.cuda.gdc_wait()
+                _to_cache(b + gap + (slot * width + first) * RANK, tl.minimum((past - first) * size, AHEAD))
+        if item < end or tl.program_id(0) == 0:  # the others give their place to those with work at once
+            tl.extra.cuda.gdc_wait()
     while item < end:
         tile = item // blocks
         part, within, last, gap, column, width = _place(

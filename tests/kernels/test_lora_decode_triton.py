@@ -128,7 +128,7 @@ def test_a_planted_error_is_seen(fault: str) -> None:
     wanted, scale = problem.wanted(), 0.5
     assert error(problem.found(), wanted) < BOUND
     if fault == "group":
-        problem.work.table[:3] -= 1  # the last tile is left out
+        problem.work.table[:2] -= 1  # the last tile is left out
     elif fault == "rank":
         problem.work.update(np.array(problem.mix), (8, 16, 16, 1))  # one adapter loses a third of its rank
     elif fault == "token":

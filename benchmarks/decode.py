@@ -1,0 +1,259 @@
+"""Decoding with many adapters: vLLM with its own LoRA kernels, with weft's, and without LoRA, in turns on one card.
+
+    python benchmarks/decode.py                  one GPU, Qwen3-4B shape, r = 32  -> benchmarks/results/decode-<GPU>.json
+    python benchmarks/decode.py --parts ranks    other ranks; `many`: 256 slots; with --keep what is there already stays
+    python benchmarks/decode.py --smoke          the kernels' gate on this CPU, and a result of its form
+
+Every contender is an engine in a process of its own (decode_engine.py); all of a part start together and stay; the rounds go
+A B C A B C. A row is N adapters mixed over a batch: prompts of 128 random tokens, `generated` tokens each, log-probabilities
+returned; tokens a second are of the generated ones, end to end. retention is of the row without LoRA at the same batch,
+ratio_to_vllm of vLLM's own kernels in the same row. Before any number: decode_check.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import random
+import shlex
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from decode_check import check_greedy, check_kernels, check_trainer
+from decode_engine import PROMPT, Arm, Engine, Load
+from decode_notes import NOTES
+from record import RESULTS, commit, hardware, spread, versions, write_result
+
+BASE = Arm("no LoRA")
+ZIPF = 1.1  # exponent
+
+
+@dataclass(frozen=True)
+class Row:
+    """arms: the contenders beside the base alone, by name."""
+
+    adapters: int
+    batch: int
+    arms: tuple[str, ...]
+    generated: int = 256
+    zipf: bool = False
+    prompt: int = PROMPT
+
+    def load(self, seed: int) -> Load:
+        draw = random.Random(0)
+        weights = [1 / (n + 1) ** ZIPF for n in range(self.adapters)]
+        chosen = draw.choices(range(self.adapters), weights, k=self.batch) if self.zipf else None
+        adapters = chosen or [n % self.adapters for n in range(self.batch)]
+        return Load(tuple(adapters), self.generated, self.prompt, seed)
+
+
+FEW, MOST, OURS = "vllm, 8 slots", "vllm, 64 slots", "weft, 64 slots"
+FEW_ARM = Arm(FEW, 8, counts=True, dual=True)
+MAIN = (BASE, FEW_ARM, Arm(MOST, 64, counts=True), Arm(OURS, 64, ours=True))
+MAIN_ROWS = (
+    Row(8, 256, (FEW, OURS)), Row(64, 256, (MOST, OURS)), Row(8, 64, (FEW, OURS)), Row(64, 64, (MOST, OURS)),
+    Row(1, 256, (FEW, OURS), 64), Row(1, 64, (FEW, OURS), 64), Row(8, 8, (FEW, OURS), 64), Row(1, 8, (FEW, OURS), 64),
+    Row(64, 256, (MOST, OURS), 64, zipf=True), Row(64, 64, (MOST, OURS), 64, zipf=True), Row(8, 64, (FEW, OURS), 64, zipf=True),
+    Row(8, 8, (FEW, OURS), 1, prompt=2048),
+)  # fmt: skip
+
+
+def of_rank(name: str, ranks: tuple[int, ...]) -> tuple[Arm, Arm]:
+    few = {"slots": 8, "ranks": ranks, "cache_gb": 8.0}
+    return Arm(f"vllm, {name}", counts=True, dual=True, **few), Arm(f"weft, {name}", ours=True, **few)  # type: ignore[arg-type]
+
+
+def rank_rows(arms: tuple[Arm, ...]) -> tuple[Row, ...]:
+    pairs = [(one.name, two.name) for one, two in zip(arms[1::2], arms[2::2], strict=True)]
+    return tuple(Row(8, batch, pair, 64) for batch in (64, 256) for pair in pairs)
+
+
+RANKS = (BASE, *of_rank("r=8", (8,)), *of_rank("r=16", (16,)), *of_rank("r=64", (64,)), *of_rank("r=8 to 64", (8, 16, 32, 64)))
+WIDE, WIDE_OURS, FEW_OURS = "vllm, 256 slots", "weft, 256 slots", "weft, 8 slots"
+MANY = (
+    Arm(BASE.name, cache_gb=7.4), Arm(WIDE, 256, cache_gb=7.4), Arm(WIDE_OURS, 256, ours=True, cache_gb=7.4),
+    Arm(FEW_OURS, 8, ours=True, cache_gb=7.4),
+)  # fmt: skip
+MANY_ROWS = (
+    Row(256, 256, (WIDE, WIDE_OURS), 64), Row(8, 64, (WIDE, WIDE_OURS, FEW_OURS), 64), Row(8, 256, (WIDE_OURS, FEW_OURS), 64),
+    Row(256, 64, (WIDE, WIDE_OURS), 64),
+)  # fmt: skip
+PARTS = {"main": (MAIN, MAIN_ROWS), "ranks": (RANKS, rank_rows(RANKS)), "many": (MANY, MANY_ROWS)}
+
+
+def measure(part: str, engines: dict[str, Engine], rounds: int, shortest: int) -> list[dict[str, Any]]:
+    """Rows of a part; the base alone once a batch and length, for it knows no adapters."""
+    arms, rows = PARTS[part]
+    base, found = engines[arms[0].name], []
+    cases: dict[tuple[int, int, int], list[Row]] = {}
+    for row in rows:
+        cases.setdefault((row.batch, row.generated, row.prompt), []).append(row)
+    for (batch, generated, prompt), together in cases.items():
+        alone = Row(1, batch, (), generated, prompt=prompt)
+        turns = [(base, alone)] + [(engines[name], row) for row in together for name in row.arms if name in engines]
+        took: list[list[float]] = [[] for _ in turns]
+        for turn in range(-1, max(rounds, shortest // generated)):
+            for (engine, row), times in zip(turns, took, strict=True):
+                load = row.load(1000 + turn)
+                warm_up = Load(load.adapters, min(8, generated), prompt, 999)
+                seconds = engine.ask("time", load if turn >= 0 else warm_up)
+                if turn >= 0:
+                    times.append(seconds)
+        found += shape(part, turns, took)
+        for one in found[-len(turns) :]:
+            print(json.dumps(one), flush=True)
+    return found
+
+
+def shape(part: str, turns: list[tuple[Engine, Row]], took: list[list[float]]) -> list[dict[str, Any]]:
+    found = []
+    for (engine, row), times in zip(turns, took, strict=True):
+        spent = spread(times)
+        arm = engine.arm
+        one: dict[str, Any] = {
+            "part": part,
+            "contender": arm.name,
+            "adapters": row.adapters if arm.slots else 0,
+            "batch": row.batch,
+        }
+        one |= {"mix": "zipf" if row.zipf else "uniform", "ranks": list(arm.ranks) if arm.slots else [], "slots": arm.slots}
+        one |= {"prompt": row.prompt, "generated": row.generated, "runs": spent["count"]}
+        one |= {f"{key}_s": round(float(spent[key] or 0), 4) for key in ("median", "p10", "p90")}
+        one["tokens_per_second"] = round(row.batch * row.generated / float(spent["median"] or 1))
+        found.append(one)
+    for (_, row), one in zip(turns, found, strict=True):
+        if one["adapters"]:
+            one["retention"] = round(found[0]["median_s"] / one["median_s"], 3)
+            same = [
+                other
+                for (_, its), other in zip(turns, found, strict=True)
+                if its is row and other["contender"] != one["contender"]
+            ]
+            rival = next((other for other in same if other["contender"].startswith("vllm")), None)
+            if rival and one["contender"].startswith("weft"):
+                one["ratio_to_vllm"] = round(rival["median_s"] / one["median_s"], 2)
+    return found
+
+
+def profiles(engines: dict[str, Engine]) -> dict[str, Any]:
+    """One decode step at batch 64 with 8 adapters and with 64: of 16 steps more, a sixteenth."""
+    found: dict[str, Any] = {}
+    for adapters, names in ((8, (BASE.name, FEW, OURS)), (64, (MOST, OURS))):
+        for name in [one for one in names if one in engines]:
+            load = Row(adapters, 64, ()).load(5)
+            short, long = (
+                engines[name].ask("profile", Load(load.adapters, count, load.prompt, load.seed)) for count in (2, 18)
+            )
+            step = {
+                kind: {key: round((long[kind][key] - short.get(kind, {}).get(key, 0)) / 16, 2) for key in own}
+                for kind, own in long.items()
+            }
+            step["all"] = {key: round(sum(own[key] for own in step.values()), 2) for key in ("launches", "microseconds")}
+            found[f"{name}, {adapters if name != BASE.name else 0} adapters, batch 64"] = step
+    return found
+
+
+def run_part(part: str, folder: str, options: argparse.Namespace) -> dict[str, Any]:
+    arms, _ = PARTS[part]
+    engines: dict[str, Engine] = {}
+    faults: dict[str, str] = {}
+    result: dict[str, Any] = {"gate": {}, "profiles": {}}
+    try:
+        for arm in arms:
+            if not options.arms or arm.name in options.arms.split(";"):
+                engines[arm.name] = Engine(arm, folder, options.logs)
+        for name in [*engines]:
+            try:
+                engines[name].ready()
+                print(name, engines[name].facts, flush=True)
+            except RuntimeError as error:
+                faults[name] = str(error)
+                print(faults[name], flush=True)
+                engines.pop(name).close()
+        ours = [engine for engine in engines.values() if engine.arm.ours]
+        for engine in ours:
+            assert engine.facts["wrapper"] == "DecodeLora", f"{engine.arm.name} runs {engine.facts['wrapper']}"
+        adapters = min(8, ours[0].arm.slots) if ours else 0
+        if ours:
+            result["gate"] |= check_trainer(ours[0], folder, adapters, 64)
+        theirs = [engine for engine in engines.values() if engine.arm.slots and not engine.arm.ours]
+        if ours and theirs:
+            result["gate"] |= check_greedy(ours[0], theirs[-1], adapters, 64)
+        print(result["gate"], flush=True)
+        result["engines"] = {name: engine.facts for name, engine in engines.items()}
+        result["rows"] = measure(part, engines, options.rounds, options.shortest) if BASE.name in engines else []
+        result["rows"] += [{"part": part, "contender": name, "fault": fault} for name, fault in faults.items()]
+        if options.profile and part == "main":
+            result["profiles"] = profiles(engines)
+    finally:
+        for engine in engines.values():
+            engine.close()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--parts", default="main")
+    parser.add_argument("--arms", default="", help="of the part, by name, separated by ;")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--shortest", type=int, default=640, help="tokens of each sequence that a row takes the time of, at least"
+    )
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "weft-decode-base")
+    parser.add_argument("--tiny", action="store_true", help="on the base that ships, whose rows mean nothing: for its gate")
+    parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--no-profile", dest="profile", action="store_false")
+    options = parser.parse_args()
+    device = torch.device("cpu" if options.smoke else "cuda")
+    gate: dict[str, Any] = dict(check_kernels(device))
+    gpu = "" if options.smoke else torch.cuda.get_device_name().removeprefix("NVIDIA ")
+    output = (
+        options.output or (Path(tempfile.mkdtemp()) if options.smoke else RESULTS) / f"decode-{gpu.lower() or 'smoke'}.json"
+    )
+    result: dict[str, Any] = {
+        "benchmark": "decode",
+        "form": "smoke" if options.smoke else "full",
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "benchmarks/decode.py", *sys.argv[1:]]),
+        "hardware": hardware() | ({"gpu": f"NVIDIA {gpu}", "cuda": torch.version.cuda} if gpu else {}),
+        "versions": versions(("torch", "triton", "vllm")),
+        "settings": {part: {arm.name: arm.settings | arm.environment for arm in PARTS[part][0]} for part in PARTS},
+        "gate": gate,
+        "rows": [],
+        "profiles": {},
+        "notes": NOTES,
+    }
+    options.logs.mkdir(parents=True, exist_ok=True)
+    kept = json.loads(output.read_text()) if options.keep and output.exists() else {"rows": [], "profiles": {}, "gate": {}}
+    result["gate"] = kept["gate"] | result["gate"]
+    result["profiles"] = kept["profiles"]
+    result["rows"] = kept["rows"]
+    if not options.smoke:
+        from forced import base_folder
+
+        from weft.actors.base_model import tiny_path
+
+        folder = tiny_path() if options.tiny else base_folder(options.folder)
+        for part in options.parts.split(","):
+            done = run_part(part, folder, options)
+            name = f"{part}, the base that ships" if options.tiny else part
+            result["gate"][name] = done["gate"]
+            if not options.tiny:
+                result["rows"] = [row for row in result["rows"] if row["part"] != part] + done["rows"]
+                result["profiles"] |= done["profiles"]
+            write_result(output, result)
+    write_result(output, result)
+    print(output)
+
+
+if __name__ == "__main__":
+    main()

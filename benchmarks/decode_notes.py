@@ -1,0 +1,3 @@
+"""What decode.py's figures do not say themselves; part of every result."""
+
+NOTES: list[str] = []

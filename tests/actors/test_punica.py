@@ -1,0 +1,145 @@
+"""LoRA inside vLLM on a GPU, the wrapper alone: on the reference kernels, with vLLM's own tables, on this CPU."""
+
+from __future__ import annotations
+
+import logging
+import types
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import vllm.lora.punica_wrapper.punica_gpu as theirs
+from torch import Tensor, nn
+from vllm.lora.layers.utils import LoRAMapping
+from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
+
+from weft.actors.punica import DecodeLora, slots_of
+
+SLOTS, RANK, INPUT, WIDTHS = 5, 16, 24, (24, 8, 16)
+IDS: list[int | None] = [11, 12, None, 14, 15]
+RANKS = {11: 3, 12: 16, 14: 8, 15: 1}
+
+
+@pytest.fixture(autouse=True)
+def their_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM imports them beside its Triton kernels alone, for which this machine has no driver."""
+    monkeypatch.setattr(theirs, "LoRAKernelMeta", LoRAKernelMeta, raising=False)
+
+
+def stacks(dtype: torch.dtype = torch.bfloat16) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    draw = torch.Generator().manual_seed(3)
+    a = tuple(torch.full((SLOTS, 1, RANK, INPUT), torch.nan) for _ in WIDTHS)
+    b = tuple(torch.full((SLOTS, 1, width, RANK), torch.nan) for width in WIDTHS)
+    for slot, one in enumerate(IDS):
+        for part_a, part_b in zip(a, b, strict=True) if one else ():
+            part_a[slot], part_b[slot] = 0, 0
+            part_a[slot, 0, : RANKS[one]] = torch.randn(RANKS[one], INPUT, generator=draw)
+            part_b[slot, 0, :, : RANKS[one]] = torch.randn(part_b.shape[2], RANKS[one], generator=draw)
+    return tuple(part.to(dtype) for part in a), tuple(part.to(dtype) for part in b)
+
+
+def module(a: Any, b: Any, sharded: bool = False) -> Any:
+    config = types.SimpleNamespace(fully_sharded_loras=sharded)
+    return types.SimpleNamespace(lora_a_stacked=a, lora_b_stacked=b, n_slices=len(a), lora_config=config)
+
+
+def wrapper() -> DecodeLora:
+    config = types.SimpleNamespace(max_loras=SLOTS, max_lora_rank=RANK, specialize_active_lora=False)
+    return DecodeLora(64, 64, "cpu", lora_config=config)
+
+
+def mapped(made: DecodeLora, ids: Sequence[int]) -> None:
+    made.update_metadata(LoRAMapping(tuple(ids), tuple(ids), is_prefill=True), list(IDS), SLOTS + 1, 100)
+
+
+def wanted(y: Tensor, x: Tensor, ids: Sequence[int], a: Any, b: Any, add: bool = True) -> Tensor:
+    """Each token alone."""
+    result = y.float().clone()
+    for token, one in enumerate(ids):
+        if one:
+            slot, low = IDS.index(one), x[token].float()
+            delta = [bs[slot, 0].float() @ (as_[slot, 0].float() @ low) for as_, bs in zip(a, b, strict=True)]
+            result[token] = torch.cat(delta) + (y[token].float() if add else 0)
+    return result
+
+
+def close(found: Tensor, exact: Tensor) -> None:
+    assert found.isfinite().all()
+    assert float((found.float() - exact).norm()) <= 0.01 * float(exact.norm())
+
+
+class Block(nn.Module):
+    """A base product and its adapters as a vLLM layer has them, with work before and after."""
+
+    def __init__(self, made: DecodeLora, a: Any, b: Any) -> None:
+        super().__init__()
+        self.made, self.a, self.b = made, a, b
+        self.base = nn.Linear(INPUT, sum(WIDTHS), bias=False, dtype=torch.bfloat16).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x + 1)
+        self.made.add_lora_linear(y, x + 1, self.a, self.b, 1.0, WIDTHS)
+        return y * 2
+
+
+@pytest.mark.parametrize("met", [True, False])
+@pytest.mark.parametrize("ids", [[11], [15, 11, 0, 12, 15], [0, 0], [14] * 20 + [0, 11], []])
+@pytest.mark.parametrize("add", [True, False])
+def test_every_token_gets_its_own_adapter_and_no_other(ids: list[int], add: bool, met: bool) -> None:
+    made, (a, b) = wrapper(), stacks()
+    made.weft_meet({"qkv": module(a, b)} if met else {"lm_head": object()}, RANKS)
+    mapped(made, ids)
+    x, y = torch.randn(len(ids), INPUT).bfloat16(), torch.randn(len(ids), sum(WIDTHS)).bfloat16()
+    found = y.clone()
+    made.add_lora_linear(found, x, a, b, 1.0, WIDTHS, add_inputs=add)
+    close(found, wanted(y, x, ids, a, b, add))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_what_is_compiled_once_follows_the_batch(backend: str) -> None:
+    made, (a, b) = wrapper(), stacks()
+    made.weft_meet({"qkv": module(a, b)}, RANKS)
+    block = Block(made, a, b)
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    x = torch.randn(4, INPUT).bfloat16()
+    for ids in ([11, 12, 0, 14], [0, 0, 0, 0], [15, 15, 15, 11]):
+        mapped(made, ids)
+        exact = 2 * wanted(block.base(x + 1), x + 1, ids, a, b)
+        close(compiled(x), exact)
+    torch._dynamo.reset()
+
+
+def test_what_the_kernels_do_not_take_runs_on_vllms_own_and_is_said_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(theirs.PunicaWrapperGPU, "add_lora_linear", lambda self, *rest, **named: calls.append("linear"))
+    made, (a, b), (wide_a, wide_b) = wrapper(), stacks(), stacks(torch.float64)
+    modules = {"qkv": module(a, b), "o": module(wide_a, wide_b), "up": module(a, b, sharded=True), "lm_head": object()}
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            made.weft_meet(modules, RANKS)
+    said = [record.message for record in caplog.records]
+    assert len(said) == 3 and sum("float64" in one for one in said) == sum("spread over" in one for one in said) == 1
+    mapped(made, [11, 0])
+    assert made.token_mapping_meta.num_tokens_per_lora[:2].tolist() == [1, 1]  # what vLLM's own kernels read is there
+    x, y = torch.randn(2, INPUT).double(), torch.zeros(2, sum(WIDTHS)).double()
+    made.add_lora_linear(y, x, wide_a, wide_b, 1.0, WIDTHS)
+    assert calls == ["linear"] and not y.any()
+
+
+def test_an_adapter_whose_rank_nobody_told_has_the_widest() -> None:
+    made, (a, b) = wrapper(), stacks()
+    made.weft_meet({"qkv": module(a, b)}, {})
+    mapped(made, [12, 14])
+    x, y = torch.randn(2, INPUT).bfloat16(), torch.zeros(2, sum(WIDTHS)).bfloat16()
+    found = y.clone()
+    made.add_lora_linear(found, x, a, b, 1.0, WIDTHS)
+    close(found, wanted(y, x, [12, 14], a, b))
+
+
+def test_an_adapter_without_a_slot_is_an_error() -> None:
+    assert slots_of([0, 15, 11], IDS).tolist() == [-1, 4, 0]
+    with pytest.raises(ValueError, match="13"):
+        slots_of([11, 13], IDS)

@@ -1,0 +1,139 @@
+"""The plugin: what it replaces in vLLM's own classes, and where it leaves them alone."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import subprocess
+import sys
+import types
+from typing import Any
+
+import pytest
+from vllm.config.lora import LoRAConfig
+from vllm.lora.layers.utils import LoRAMapping
+from vllm.lora.model_manager import LoRAModelManager
+
+from weft.actors import vllm_plugin
+
+OURS = "weft.actors.punica.DecodeLora"
+
+
+def test_the_installed_distribution_offers_it_to_every_vllm() -> None:
+    points = importlib.metadata.entry_points(group="vllm.general_plugins")
+    assert "weft.actors.vllm_plugin:register" in [point.value for point in points]
+
+
+def test_a_vllm_on_cpus_keeps_its_own_path_and_hears_nothing() -> None:
+    """In a process of its own, through vLLM's own loader, as a worker has it."""
+    script = """
+from vllm.plugins import load_general_plugins
+from vllm.platforms import current_platform
+before = current_platform.get_punica_wrapper()
+load_general_plugins()
+assert current_platform.get_punica_wrapper() == before, before
+assert not hasattr(type(current_platform), "weft_installed")
+import sys
+assert "weft.actors.punica" not in sys.modules
+"""
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
+    environment.pop(vllm_plugin.VARIABLE, None)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "weft" not in done.stdout + done.stderr
+
+
+class Gpu:
+    """A platform as vLLM 0.24 has it on NVIDIA GPUs, as far as the plugin asks."""
+
+    @classmethod
+    def get_punica_wrapper(cls) -> str:
+        return "theirs"
+
+    def is_cuda(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> type[Gpu]:
+    """vLLM's own manager and settings, and this platform in the place of the CPU's, all as they were afterwards."""
+    fresh = type("Fresh", (Gpu,), {})
+    monkeypatch.setattr("vllm.platforms._current_platform", fresh())
+    for owner, name in ((LoRAModelManager, "_set_adapter_mapping"), (LoRAModelManager, "activate_adapter"),
+                        (LoRAConfig, "compute_hash")):  # fmt: skip
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    monkeypatch.delattr(vllm_plugin.register, "said", raising=False)
+    monkeypatch.delenv(vllm_plugin.VARIABLE, raising=False)
+    return fresh
+
+
+def test_on_a_supported_version_vllm_names_our_wrapper(gpu: type[Gpu], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_plugin, "_version", lambda: "0.24.0")
+    before = LoRAConfig(max_lora_rank=8, max_loras=1).compute_hash()
+    for _ in range(3):  # vLLM may load a plugin again
+        vllm_plugin.register()
+    assert gpu.get_punica_wrapper() == OURS
+    assert LoRAConfig(max_lora_rank=8, max_loras=1).compute_hash() == f"{before}-weft"
+
+
+@pytest.mark.parametrize("version", ["0.23.1", "0.25.0", "0.240.0", "unknown"])
+def test_another_version_is_left_alone_and_that_is_said_once(
+    gpu: type[Gpu], version: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(vllm_plugin, "_version", lambda: version)
+    with caplog.at_level(logging.WARNING, "vllm.plugins.weft"):
+        for _ in range(3):
+            vllm_plugin.register()
+    assert gpu.get_punica_wrapper() == "theirs"
+    assert [version in record.message for record in caplog.records] == [True]
+
+
+def test_the_variable_turns_it_off(gpu: type[Gpu], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_plugin, "_version", lambda: "0.24.0")
+    monkeypatch.setenv(vllm_plugin.VARIABLE, "0")
+    vllm_plugin.register()
+    assert gpu.get_punica_wrapper() == "theirs"
+
+
+class Wrapper:
+    """What the manager tells its wrapper, in order."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+
+    def weft_meet(self, modules: dict[str, Any], ranks: dict[int, int]) -> None:
+        self.told.append((modules, ranks))
+
+    def update_metadata(self, mapping: LoRAMapping, index_to_id: list[int | None], *rest: Any) -> None:
+        self.told.append((mapping.index_mapping, index_to_id))
+
+
+def test_vllms_manager_tells_the_ranks_before_the_tokens_and_again_when_a_slot_has_new_weights(
+    gpu: type[Gpu], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_plugin, "_version", lambda: "0.24.0")
+    vllm_plugin.register()
+    manager, wrapper = LoRAModelManager.__new__(LoRAModelManager), Wrapper()
+    adapters = {1: types.SimpleNamespace(id=1, rank=8, loras={}), 2: types.SimpleNamespace(id=2, rank=32, loras={})}
+    state = {"_registered_adapters": adapters, "_active_adapters": {}, "lora_index_to_id": [None, None], "modules": {}}
+    state |= {"punica_wrapper_mapping": {"language_model": wrapper}, "supports_mm": False, "vocab_size": 10}
+    state |= {"lora_config": types.SimpleNamespace(max_loras=2), "_last_mapping": None}
+    state |= {"_get_punica_wrapper": lambda name: wrapper, "_classification_head": None}
+    vars(manager).update(state)
+    assert manager.activate_adapter(1) and manager.activate_adapter(2)
+    mapping = LoRAMapping((1, 0, 2, 2), (1, 0, 2, 2))
+    manager.set_adapter_mapping(mapping)
+    assert wrapper.told == [({}, {1: 8, 2: 32}), ((1, 0, 2, 2), [1, 2])]
+    manager.set_adapter_mapping(mapping)
+    assert len(wrapper.told) == 2, "the same batch again"
+    manager.deactivate_adapter(1)
+    adapters[1].rank = 16
+    assert manager.activate_adapter(1)
+    manager.set_adapter_mapping(mapping)
+    assert wrapper.told[2:] == [({}, {1: 16, 2: 32}), ((1, 0, 2, 2), [1, 2])]
+
+
+def test_every_supported_version_is_one_that_the_gpu_extra_may_install() -> None:
+    extra = [one for one in importlib.metadata.requires("weft") or [] if one.startswith("vllm==") and '"gpu"' in one]
+    assert len(extra) == 1 and extra[0].removeprefix("vllm==").startswith(vllm_plugin.SUPPORTED)
