@@ -39,6 +39,7 @@ class LaunchSpan:
     start: float
     end: float
     tokens: Mapping[str, int]
+    trainer: int = 0
 
 
 @dataclass
@@ -129,7 +130,7 @@ class History:
             self.groups.append(GroupSpan(line["adapter"], start, end, *told))
         elif kind == "LaunchEnded":
             end = line["time"] + shift
-            self.launches.append(LaunchSpan(end - line["seconds"], end, line["tokens"]))
+            self.launches.append(LaunchSpan(end - line["seconds"], end, line["tokens"], line.get("trainer", 0)))
         elif kind == "PhaseChanged":
             self.adapter(line["adapter"])
         elif kind == "Session":

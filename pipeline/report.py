@@ -15,7 +15,7 @@ from weft.pipeline.history import AdapterHistory, History
 from weft.pipeline.metrics import finite
 from weft.pipeline.palette import adapter_colour
 from weft.pipeline.plots import draw_held_out, draw_rewards, draw_staleness, save_png, style, to_svg
-from weft.pipeline.summary import count, duration, told_work
+from weft.pipeline.summary import busy_shares, count, duration, told_work
 from weft.pipeline.timeline import draw_overlap, draw_pools
 
 Draw = Callable[[History], Figure | None]
@@ -149,13 +149,14 @@ def _head(history: History, summary: Mapping[str, Any], title: str) -> str:
     finished = sum(adapter["state"] == "finished" for adapter in adapters)
     steps = sum(adapter["version"] for adapter in adapters)
     violations = summary["staleness_violations"]
+    samplers, trainers = busy_shares(summary)
     facts = [
         (duration(summary["wall_seconds"]), "wall time"),
         (f"{finished} of {len(summary['adapters'])}", "adapters finished"),
         (count(steps), "optimizer steps"),
         (count(sum(adapter["tokens_trained"] for adapter in adapters)), "tokens trained"),
-        (f"{summary['pools']['samplers']['busy']:.0%}", "samplers busy"),
-        (f"{summary['pools']['trainers']['busy']:.0%}", "trainer busy"),
+        (f"{samplers:.0%}", "samplers busy"),
+        (f"{trainers:.0%}", "trainers busy"),
         (
             f'<span class="{"bad" if violations else "good"}">{violations}</span>',
             "staleness violations",

@@ -15,14 +15,15 @@ checkpoints, the beginning and the end, when fewer adapters are there. What is a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from weft.pipeline.history import GroupSpan, History, Line
+from weft.pipeline.history import GroupSpan, History, LaunchSpan, Line
 
 PASSES = 4  # of the fit: how fast a sampler goes decides what of a group's life each load had
 Values = NDArray[np.float64]
@@ -114,6 +115,12 @@ def account(
     work, wanted = measure(history, capacity / max(samplers, 1)), wanted_of(history)
     if work is None:
         return None
+    sampling, training = defaultdict(list), defaultdict(list)
+    for group in _newest(history):
+        sampling[group.sampler].append((group.start, group.end))
+    for launch in _newest_launches(history):
+        training[launch.trainer].append((launch.start, launch.end))
+    seconds = history.seconds - history.sessions[-1]
     cards = samplers * of_each[0] + trainers * of_each[1]
     return {
         "sampler_seconds": work.sampler_seconds,
@@ -126,11 +133,24 @@ def account(
         "samplers": samplers,
         "trainers": trainers,
         "steps_per_second": achieved(history),
+        "samplers_busy": busy(sampling, samplers, seconds),
+        "trainers_busy": busy(training, trainers, seconds),
         "bound": bound(work, wanted, samplers, trainers),
         "cards": cards,
         "recommended": asdict(recommend(work, wanted, cards, of_each)),
         "splits": [asdict(split) for split in splits(work, wanted, cards, of_each)],
     }
+
+
+def busy(spans: Mapping[int, Sequence[tuple[float, float]]], members: int, seconds: float) -> float:
+    """The share of `seconds` in which a process had anything in flight, a mean over `members`. spans: of each process."""
+    whole = 0.0
+    for own in spans.values():
+        until = -math.inf
+        for start, end in sorted(own):
+            whole += max(end - max(start, until), 0.0)
+            until = max(until, end)
+    return whole / (members * seconds)
 
 
 def achieved(history: History) -> float:
@@ -156,7 +176,7 @@ def measure(history: History, places: float) -> Work | None:
     """The work of the newest session's steps. places: rollouts that one sampler runs at once. None: it took no step."""
     groups = _newest(history)
     training = [group for group in groups if not group.held_out]
-    launches = [launch for launch in history.launches if launch.start >= history.sessions[-1]] if history.sessions else []
+    launches = _newest_launches(history)
     steps = sum(len(launch.tokens) for launch in launches)
     syncs = [line["time/sync"] for line in _newest_lines(history)]
     if not (steps and training and syncs):
@@ -216,6 +236,11 @@ def _mean_loads(groups: Sequence[GroupSpan], first: float, more: float) -> Value
 def _newest(history: History) -> list[GroupSpan]:
     """The groups of the newest session."""
     return [group for group in history.groups if group.start >= history.sessions[-1]] if history.sessions else []
+
+
+def _newest_launches(history: History) -> list[LaunchSpan]:
+    """The launches of the newest session."""
+    return [launch for launch in history.launches if launch.start >= history.sessions[-1]] if history.sessions else []
 
 
 def _newest_lines(history: History) -> list[Line]:

@@ -147,10 +147,10 @@ def print_closing(summary: Mapping[str, Any], console: Console) -> None:
     console.print()
     console.print(closing_table(summary))
     violations = summary["staleness_violations"]
-    pools = summary["pools"]
+    samplers, trainers = busy_shares(summary)
     console.print(
-        f"{duration(summary['wall_seconds'])} in all · samplers busy {pools['samplers']['busy']:.0%}, "
-        f"trainer {pools['trainers']['busy']:.0%} · staleness violations {violations}",
+        f"{duration(summary['wall_seconds'])} in all · samplers busy {samplers:.0%}, trainers {trainers:.0%} · "
+        f"staleness violations {violations}",
         style="bold red" if violations else "dim",
         highlight=False,
     )
@@ -165,6 +165,13 @@ def print_closing(summary: Mapping[str, Any], console: Console) -> None:
             console.print(
                 f"{name} failed: {last} (whole traceback in summary.json)", style="red", markup=False, highlight=False
             )
+
+
+def busy_shares(summary: Mapping[str, Any]) -> tuple[float, float]:
+    """Of the samplers and the trainers, a mean over the processes of each pool; of the whole pool where no step was taken."""
+    if work := summary["work"]:
+        return work["samplers_busy"], work["trainers_busy"]
+    return summary["pools"]["samplers"]["busy"], summary["pools"]["trainers"]["busy"]
 
 
 def told_work(work: Mapping[str, Any] | None) -> Iterator[str]:

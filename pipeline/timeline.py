@@ -28,8 +28,9 @@ def draw_pools(history: History) -> Figure | None:
         return None
     names = list(history.adapters)
     rollouts = [(span.adapter, span.start, span.end, float(span.rollouts)) for span in history.groups]
+    trainers = len({launch.trainer for launch in history.launches})
     training = [
-        (name, launch.start, launch.end, tokens / total)
+        (name, launch.start, launch.end, tokens / total / trainers)
         for launch in history.launches
         if (total := sum(launch.tokens.values()))  # none where every rollout of the steps had the same reward
         for name, tokens in launch.tokens.items()
@@ -42,7 +43,7 @@ def draw_pools(history: History) -> Figure | None:
     _raster(panels[2], history)
     titles = (
         "samplers: rollouts in flight",
-        "trainer: share of the time in a launch",
+        "trainer: share of the time in a launch" if trainers < 2 else "trainers: share of the time in launches",
         "parameter sync: each new version, installed",
     )
     for axes, title in zip(panels, titles, strict=True):

@@ -152,6 +152,18 @@ def test_a_launch_of_steps_without_an_advantage_has_no_tokens_and_no_share(tmp_p
     assert draw_pools(history) is not None
 
 
+def test_the_trainers_share_of_the_time_is_at_most_all_of_it_however_many_they_are(tmp_path, synthetic_run):
+    run = synthetic_run(num_steps=4)
+    launches = [
+        LaunchEnded(event.time, event.seconds, event.tokens, 1) for event in run.events() if isinstance(event, LaunchEnded)
+    ]
+    history = record(tmp_path, None, [*synthetic_run(num_steps=4).events(), *launches])
+    with style():
+        _, trainers, _ = draw_pools(history).axes
+    tops = [path.vertices[:, 1].max() for filled in trainers.collections for path in filled.get_paths()]
+    assert 0.5 < max(tops) <= 1.0 + 1e-9
+
+
 def test_undone_steps_are_drawn_apart_from_the_curve(tmp_path, synthetic_run):
     run = synthetic_run(names=("a",), num_steps=6)
     steps = [event for event in run.events() if isinstance(event, StepTaken)]

@@ -18,7 +18,7 @@ from weft.pipeline.history import GroupSpan, History
 from weft.pipeline.interfaces import Pools
 from weft.pipeline.metrics import Metrics
 from weft.pipeline.run import Pipeline
-from weft.pipeline.split import Split, Wanted, Work, account, bound, fit, recommend, splits
+from weft.pipeline.split import Split, Wanted, Work, account, bound, busy, fit, recommend, splits
 from weft.transport.messages import Group, StepResults
 
 TOKENS = 2  # of a simulated rollout
@@ -176,6 +176,8 @@ def test_known_work_is_found_and_the_recommended_split_is_the_best_of_all_simula
         assert told["sync_seconds"] == pytest.approx(case.work.sync, rel=0.01)
         assert told["steps_per_second"] == pytest.approx(speed)
         assert told["bound"] == pytest.approx(bound(case.work, case.wanted, samplers, trainers), rel=0.05)
+        spent = case.training * case.adapters * case.steps / (history.seconds * trainers)
+        assert told["trainers_busy"] == pytest.approx(spent) and told["trainers_busy"] <= 1
         asked = told["recommended"]
         assert asked["samplers"] + asked["trainers"] == case.members
         assert done[asked["samplers"]][1] >= 0.97 * best, {k: speed for k, (_, speed) in done.items()}
@@ -281,6 +283,12 @@ def test_neither_part_of_a_samplers_time_is_negative(seed):
         )
     first, more = fit(groups)
     assert first >= 0 and more >= 0 and first + more > 0
+
+
+def test_a_pools_busy_share_is_a_mean_over_its_processes_in_which_nothing_counts_twice():
+    spans = {0: [(0.0, 4.0), (1.0, 3.0), (3.5, 6.0), (8.0, 9.0)], 2: [(5.0, 5.0)]}
+    assert busy(spans, 1, 10.0) == pytest.approx(0.7)
+    assert busy(spans, 4, 10.0) == pytest.approx(0.7 / 4), "those that never had anything to do count too"
 
 
 def test_only_the_newest_session_counts(simulation, memory_folder):
