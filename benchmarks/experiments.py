@@ -23,12 +23,13 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import forced
+from bounds import bounds
 from policies import RULES, LockStep
 from record import RESULTS, commit, hardware, spread, versions, write_result
 
@@ -108,6 +109,7 @@ def measure(policy: Policy) -> dict[str, Any]:
         },
         "rollout_time": spread([event.time - event.start for event in groups]),
         "launch_time": spread([launch.seconds for launch in launches]),
+        "train_seconds_a_step": sum(launch.seconds for launch in launches) / len(steps),
         "adapters_per_launch": statistics.fmean(len(launch.tokens) for launch in launches),
         "tokens_sampled": sampled,
         "tokens_trained": trained,
@@ -132,6 +134,15 @@ def share(pools: Sequence[tuple[float, Any]]) -> dict[str, float]:
         "load": sum(pool.load * seconds for seconds, pool in pools) / whole,
         "capacity": pools[0][1].capacity,
     }
+
+
+def bound_of(policies: Mapping[str, Mapping[str, Any]], adapters: Sequence[AdapterConfig]) -> dict[str, Any]:
+    """What the pools could reach at most, where the policies that it is measured by have run."""
+    if not {"serial-on-policy", "lock-step"} <= set(policies) or len(adapters) < 2:
+        return {}
+    own = min(adapter.max_staleness for adapter in adapters)
+    staleness = {name: own if RULES[name].max_staleness is None else RULES[name].max_staleness for name in policies}
+    return bounds(policies, len(adapters), staleness)
 
 
 def versus(policies: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -192,8 +203,10 @@ async def processes(running: RunningPools) -> list[int]:
     return sorted([*engines, *(member.pid for member in (*samplers, *trainers, *syncs))])
 
 
-async def run_both(config: Config, pools: Pools, names: Sequence[str] = POLICIES) -> dict[str, Policy]:
-    """Warm the pools up, then run one policy after the other on them."""
+async def run_both(
+    config: Config, pools: Pools, names: Sequence[str] = POLICIES, tell: Callable[[Policy], None] = lambda policy: None
+) -> dict[str, Policy]:
+    """Warm the pools up, then run one policy after the other on them. tell: is called with each that has ended."""
     warm = dataclasses.replace(config.adapters[0], name="warm-up", num_steps=WARM_UP_STEPS, eval_prompts=0)
     await run_policy(config, pools, Policy("warm-up"), [[warm]])
     done = {name: Policy(name) for name in names}
@@ -205,6 +218,7 @@ async def run_both(config: Config, pools: Pools, names: Sequence[str] = POLICIES
         settings = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, trainer=trainer))
         sync = LockStep(pools.sync, len(adapters)) if rule.lock_step else pools.sync
         await run_policy(settings, dataclasses.replace(pools, sync=sync), policy, rounds)
+        tell(policy)
     return done
 
 
@@ -285,6 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "policies": measured,
         "ratios": ratios(measured) if set(POLICIES) <= set(names) else {},
         "versus": versus(measured),
+        "bound": bound_of(measured, config.adapters),
         "wall_seconds": time.monotonic() - began,
     }
     write_result(out, result)

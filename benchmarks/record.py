@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +27,9 @@ def spread(values: Sequence[float]) -> dict[str, float | int | None]:
 
 
 def commit() -> str:
-    """The commit of the code; `+changes` where tracked files differ from it."""
+    """The commit of the code; `+changes` where tracked files differ from it. An exported tree has it in a file COMMIT."""
+    if (ROOT / "COMMIT").exists():
+        return (ROOT / "COMMIT").read_text().strip()
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -37,7 +40,7 @@ def commit() -> str:
 
 
 def hardware() -> dict[str, Any]:
-    """CPU, cores that this process may use, memory, and the load that others put on them as it began."""
+    """CPU, cores that this process may use, memory, the load that others put on them as it began, and what GPUs there are."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
@@ -45,6 +48,7 @@ def hardware() -> dict[str, Any]:
         "cores": cores,
         "memory_gib": round(pages / 2**30, 1),
         "load_average_before": round(os.getloadavg()[0], 2),
+        **({"gpu": gpus} if (gpus := _gpus()) else {}),
     }
 
 
@@ -74,6 +78,14 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     draft.replace(path)
+
+
+def _gpus() -> list[str]:
+    """Each with its memory, and how much of that was in use before."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip().splitlines()
 
 
 def _cpu_model() -> str:

@@ -127,6 +127,19 @@ def test_each_policy_does_what_its_name_says(benchmark, simulation, tmp_path):
     assert told["staleness-0"]["final_experiment_time"] > 1.0
 
 
+def test_no_policy_is_sooner_than_the_bound_of_its_pools(benchmark, simulation, tmp_path):
+    adapters = tuple(simulation.adapter_config(f"a.{i}", num_steps=6, batch_size=8, group_size=4) for i in range(4))
+    config = Config(RunConfig(dir=str(tmp_path)), ModelConfig(), ClusterConfig(), adapters)
+    names = ("serial-on-policy", "lock-step", "one-a-launch", "staleness-0", "staleness-2")
+    policies = simulation.run_virtual(lambda: both(benchmark, simulation, config, names))
+    measured = {name: benchmark.measure(policy) for name, policy in policies.items()}
+    found = benchmark.bound_of(measured, adapters)
+    assert set(found["steps_per_second"]) == set(names)
+    for name, steps in found["steps_per_second"].items():
+        assert 0.1 < steps["share"] <= 1.001, (name, found)
+    assert benchmark.bound_of({"staleness-0": measured["staleness-0"]}, adapters) == {}
+
+
 def test_serial_experiments_never_overlap_and_joint_ones_do(result):
     policies, measured = result
     serial = list(measured["serial"]["ends"].items())

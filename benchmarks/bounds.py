@@ -1,0 +1,37 @@
+"""What the pools of a benchmark could reach at most: the bound X of the pools' model, beside what a policy reached.
+
+N adapters with staleness s; R(n) = a + b n the rollout time of a step with n adapters sampling at once, D the trainer's time
+for a step of one adapter, Y its sync:
+
+    X <= min(N (s + 1) / (a + b + D + Y), 1 / b, 1 / D)    adapter-steps a second
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def bounds(policies: Mapping[str, Mapping[str, Any]], adapters: int, staleness: Mapping[str, int]) -> dict[str, Any]:
+    """policies: numbers as experiments.measure gives them, of a serial one and of one in lock step. staleness: of each policy.
+
+    a and b are from how long a step waited for its rollouts alone (serial) and with all others (lock step). D is the least
+    trainer time a step of any policy, so that the bound holds for each of them.
+    """
+    serial, lock_step = policies["serial-on-policy"], policies["lock-step"]
+    alone, together = (policy["step_parts"]["rollout"]["median"] for policy in (serial, lock_step))
+    b = (together - alone) / (adapters - 1)
+    a, y = alone - b, serial["step_parts"]["sync"]["median"]
+    d = min(policy["train_seconds_a_step"] for policy in policies.values())
+    found: dict[str, Any] = {"a": a, "b": b, "D": d, "Y": y, "N": adapters, "steps_per_second": {}}
+    for name, policy in policies.items():
+        reached = policy["steps"] / policy["final_experiment_time"]
+        at_once = 1 if name.startswith("serial") else adapters
+        terms = {"N(s+1)/(a+b+D+Y)": at_once * (staleness[name] + 1) / (a + b + d + y), "1/D": 1 / d}
+        if b > 0:
+            terms["1/b"] = 1 / b
+        limit = min(terms, key=terms.__getitem__)
+        found["steps_per_second"][name] = {
+            "bound": terms[limit], "by": limit, "reached": reached, "share": reached / terms[limit],
+        }  # fmt: skip
+    return found

@@ -1,0 +1,161 @@
+"""The actors of param_sync.py: weft's own, which note when things happen (time.monotonic, one clock for all of a machine).
+
+Each takes Save as "write your notes into this folder". The sampler takes Load as "have vLLM load this PEFT folder by itself".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from weft.actors.param_sync import ParamSync
+from weft.actors.sampler import Sampler
+from weft.actors.trainer import Trainer
+from weft.transport.messages import Distribute, Done, Install, Load, OptimStep, Publish, Receive, Save, Saved, TrainStep
+
+GAPS_FILE, NOTES_FILE = "gaps.npy", "{}.json"
+NUMBERED = re.compile(r"a-(\d+)")  # the adapters of param_sync.py
+THEIR_ID = 1_000_000  # of the adapter that vLLM loads itself: none of ours
+Notes = dict[str, dict[str, float]]  # by version's name: when each hop was passed
+
+
+class _Noting:
+    """Notes of one process."""
+
+    def __init__(self) -> None:
+        self.notes: Notes = {}
+
+    def note(self, ref: object, hop: str) -> None:
+        self.notes.setdefault(str(ref), {})[hop] = time.monotonic()
+
+    def write(self, folder: str, name: str) -> Saved:
+        (Path(folder) / NOTES_FILE.format(name)).write_text(json.dumps(self.notes))
+        self.notes = {}
+        return Saved({})
+
+
+class MeasuredTrainer(Trainer):
+    """optimized: the optimizer's kernels have run; stepped: the reply of the step goes out, canaries and all; handed: the slab
+    is in its box."""
+
+    async def start(self) -> None:
+        await super().start()
+        self._noting = _Noting()
+        optimize = self._learner.optim_steps
+
+        def optim_steps(adapters: Sequence[Any]) -> Any:
+            metrics = optimize(adapters)
+            for adapter in adapters:
+                self._noting.note(adapter.ref, "optimized")
+            return metrics
+
+        self._learner.optim_steps = optim_steps  # type: ignore[method-assign]
+
+    async def handle(self, message: Any) -> Any:
+        match message:
+            case Save(ref, folder) if not ref.name:
+                return self._noting.write(folder, "trainer")
+            case Publish(ref):
+                self._noting.note(ref, "publish_began")
+                handle = await super().handle(message)
+                self._noting.note(ref, "handed")
+                return handle
+            case TrainStep() | OptimStep():
+                results = await super().handle(message)
+                for result in results.results:
+                    self._noting.note(result.ref, "stepped")
+                return results
+        return await super().handle(message)
+
+
+class MeasuredParamSync(ParamSync):
+    """asked: Distribute is here; taken: the relay's copy of the slab is complete; distributed: installed everywhere."""
+
+    async def start(self) -> None:
+        await super().start()
+        self._noting = _Noting()
+        take = self._taker.take
+
+        def taking(file: Path, nbytes: int) -> Any:
+            slab = take(file, nbytes)
+            name, lineage, version = file.name.rsplit("-", 4)[:3]
+            self._noting.note(f"{name}/{lineage}/{version}", "taken")
+            return slab
+
+        self._taker.take = taking  # type: ignore[method-assign]
+
+    async def handle(self, message: Any) -> Any:
+        match message:
+            case Save(_, folder):
+                return self._noting.write(folder, "relay")
+            case Distribute(handle):
+                self._noting.note(handle.ref, "asked")
+                done = await super().handle(message)
+                self._noting.note(handle.ref, "distributed")
+                return done
+        return await super().handle(message)
+
+
+class MeasuredSampler(Sampler):
+    """heard: Receive is here; told, came, live: the worker's; install_began, applied: vLLM knows it; offered: its canary is
+    right. And when tokens come."""
+
+    async def start(self) -> None:
+        await super().start()
+        self._noting = _Noting()
+        self._gaps: list[tuple[float, float, int]] = []  # when, seconds since the token before, the adapter's number
+        theirs = self._engine._llm.generate
+
+        async def generate(prompt: Any, params: Any, request_id: str, lora_request: Any = None) -> AsyncIterator[Any]:
+            number = NUMBERED.fullmatch(lora_request.lora_name.split("/")[0])
+            if params.max_tokens == 1 or number is None:  # a canary, or another benchmark's
+                async for output in theirs(prompt, params, request_id, lora_request=lora_request):
+                    yield output
+                return
+            from vllm.sampling_params import RequestOutputKind
+
+            params.output_kind = RequestOutputKind.CUMULATIVE
+            last, newest = 0.0, None
+            async for output in theirs(prompt, params, request_id, lora_request=lora_request):
+                now, newest = time.monotonic(), output
+                if last:
+                    self._gaps.append((now, now - last, int(number[1])))
+                last = now
+            yield newest
+
+        self._engine._llm.generate = generate
+
+    async def _check_canary(self, version: Any, handle: Any) -> None:
+        self._noting.note(version.ref, "applied")
+        await super()._check_canary(version, handle)
+
+    async def handle(self, message: object) -> object:
+        match message:
+            case Save(_, folder):
+                np.save(Path(folder) / GAPS_FILE, np.array(self._gaps))
+                self._gaps.clear()
+                for key, times in (await self._engine.call("slab_statistics"))["times"].items():
+                    if key in self._noting.notes:
+                        self._noting.notes[key] |= dict(zip(("told", "came", "live"), times, strict=True))
+                return self._noting.write(folder, "sampler")
+            case Load(_, folder):
+                from vllm.lora.request import LoRARequest
+
+                request = LoRARequest("theirs", THEIR_ID, folder)
+                request.load_inplace = True
+                await self._engine._llm.add_lora(request)
+                return Done()
+            case Receive(handle):
+                self._noting.note(handle.ref, "heard")
+            case Install(ref):
+                self._noting.note(ref, "install_began")
+                done = await super().handle(message)
+                self._noting.note(ref, "offered")
+                return done
+        return await super().handle(message)
