@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import tempfile
@@ -44,6 +45,8 @@ def test_a_run_outlives_the_death_of_its_sampler_relay_and_trainer(weft: Any, ad
     lineages = {step["lineage"] for step in run.steps()}
     assert len(lineages) == 2, "the trainer's death began a new lineage, the others' deaths did not"
     assert max(step["logprob_diff"] for step in run.steps() if "logprob_diff" in step) < 1e-3
+    deaths = {name: own["deaths"] for pool in summary["members"].values() for name, own in pool.items()}
+    assert deaths == {"sampler-0": 1, "param-sync": 1, "trainer-0": 1}
 
 
 def test_a_killed_driver_goes_on_from_its_checkpoints_and_leaves_no_process(weft: Any, adapters: str, tmp_path: Path) -> None:
@@ -54,6 +57,7 @@ def test_a_killed_driver_goes_on_from_its_checkpoints_and_leaves_no_process(weft
     run.process.wait()
     before = {name: max(step["step"] for step in run.steps() if step["adapter"] == name) for name in NAMES}
     steps_before = len(run.steps())
+    assert json.loads((run.folder / "trace.json").read_text() + "]"), "the kill leaves a trace that loads"
     again = weft(tmp_path / "run", adapters, *OVERRIDES)
     assert again.wait() == 0, again.output()[-4000:]
     _, alive = psutil.wait_procs(family, timeout=100)  # two agents of Ray look for their cluster for 60 s before they end
@@ -61,6 +65,9 @@ def test_a_killed_driver_goes_on_from_its_checkpoints_and_leaves_no_process(weft
     adapters_ = again.summary()["adapters"]
     assert {name: adapter["version"] for name, adapter in adapters_.items()} == dict.fromkeys(NAMES, STEPS)
     assert len(again.steps()) > steps_before, "it was killed in the middle"
+    trace = json.loads((run.folder / "trace.json").read_text())
+    assert [record["name"] for record in trace if record["ph"] == "i"].count("resumed") == 1
+    assert sum(record["name"] == "training" for record in trace) >= len(again.steps())
     for name in NAMES:
         redone = [step["step"] for step in again.steps()[steps_before:] if step["adapter"] == name]
         first = STEPS + 1 - len(redone)  # a quick adapter may have none left
