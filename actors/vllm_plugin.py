@@ -1,8 +1,9 @@
 """vLLM's plugin of weft: in every process of a vLLM that weft is installed beside, whoever started it.
 
-vLLM calls `register` (entry point `vllm.general_plugins`) before it makes a model. On a supported version on an NVIDIA GPU it
-then has vLLM make `punica.DecodeLora`; elsewhere vLLM is left as it is. WEFT_LORA_KERNELS=0 leaves it as it is everywhere.
-That is an environment variable because a plugin is told nothing else, in whichever process it runs.
+vLLM calls `register` (entry point `vllm.general_plugins`) before it makes a model. With WEFT_LORA_KERNELS=1, on a supported
+version on an NVIDIA GPU, it then has vLLM make `punica.DecodeLora`; otherwise vLLM is left as it is. That is an environment
+variable because a plugin is told nothing else, in whichever process it runs. It is off by itself until
+benchmarks/decode.py has shown on a card that vLLM with it is right and never slower.
 
 Four of vLLM's methods are replaced, in the versions whose source was read for it:
     platform.get_punica_wrapper             names ours
@@ -25,7 +26,7 @@ logger = logging.getLogger("vllm.plugins.weft")
 
 def register() -> None:
     """May be called more than once in a process; says once what it does not do."""
-    if os.environ.get(VARIABLE, "1") == "0":
+    if os.environ.get(VARIABLE) != "1":
         return
     from vllm.platforms import current_platform
 

@@ -175,6 +175,8 @@ def run_part(part: str, folder: str, options: argparse.Namespace) -> dict[str, A
                 faults[name] = str(error)
                 print(faults[name], flush=True)
                 engines.pop(name).close()
+                if next(arm for arm in arms if arm.name == name).ours:
+                    raise
         ours = [engine for engine in engines.values() if engine.arm.ours]
         for engine in ours:
             assert engine.facts["wrapper"] == "DecodeLora", f"{engine.arm.name} runs {engine.facts['wrapper']}"

@@ -156,7 +156,7 @@ def measure(layers: Layers, cases: list[tuple[int, int]], tune: bool) -> None:
         line = f"{layers.name:8} {tokens:5}x{adapters:<3} base {base:7.2f} floor {layers.floor * 1e6:6.2f} |"
         if tune:
             found = [(cost(own, "chained"), label) for label, own in candidates(tokens)]
-            print(line, " ; ".join(f"{label} +{took:.2f}" for took, label in found), flush=True)
+            print(line, " ; ".join(f"{label} +{took:.2f}" for took, label in [found[0], *sorted(found[1:])]), flush=True)
         else:
             print(line, " | ".join(f"{how} +{cost(None, how):6.2f}" for how in ("chained", "plain", "side")), flush=True)
 

@@ -37,8 +37,7 @@ assert not hasattr(type(current_platform), "weft_installed")
 import sys
 assert "weft.actors.punica" not in sys.modules
 """
-    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
-    environment.pop(vllm_plugin.VARIABLE, None)
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", vllm_plugin.VARIABLE: "1"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "weft" not in done.stdout + done.stderr
@@ -64,7 +63,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> type[Gpu]:
                         (LoRAConfig, "compute_hash")):  # fmt: skip
         monkeypatch.setattr(owner, name, getattr(owner, name))
     monkeypatch.delattr(vllm_plugin.register, "said", raising=False)
-    monkeypatch.delenv(vllm_plugin.VARIABLE, raising=False)
+    monkeypatch.setenv(vllm_plugin.VARIABLE, "1")
     return fresh
 
 
@@ -89,9 +88,12 @@ def test_another_version_is_left_alone_and_that_is_said_once(
     assert [version in record.message for record in caplog.records] == [True]
 
 
-def test_the_variable_turns_it_off(gpu: type[Gpu], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("setting", ["0", "", None])
+def test_nothing_but_the_variable_turns_it_on(gpu: type[Gpu], setting: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_plugin, "_version", lambda: "0.24.0")
-    monkeypatch.setenv(vllm_plugin.VARIABLE, "0")
+    monkeypatch.delenv(vllm_plugin.VARIABLE)
+    if setting is not None:
+        monkeypatch.setenv(vllm_plugin.VARIABLE, setting)
     vllm_plugin.register()
     assert gpu.get_punica_wrapper() == "theirs"
 
