@@ -124,6 +124,10 @@ def test_every_promised_number_is_in_the_summary(run: Any) -> None:
         assert adapter["tokens_trained"] > 0
         assert adapter["tokens_sampled"] > 0
         assert Path(adapter["peft_path"]).is_dir()
+    assert summary["work"]["sampler_seconds"] > 0 and summary["work"]["trainer_seconds"] > 0
+    sampler, relay = summary["members"]["samplers"]["sampler-0"], summary["members"]["sync"]["param-sync"]
+    assert 0 < sampler["cached_tokens"] < sampler["prompt_tokens"] and relay["bytes_sent"] > 0
+    assert sampler["installs"] >= 3 * (STEPS + 1)
 
 
 def test_the_folder_holds_the_report_the_plots_and_tensorboard(run: Any) -> None:
@@ -133,6 +137,8 @@ def test_the_folder_holds_the_report_the_plots_and_tensorboard(run: Any) -> None
     assert list(run.folder.glob("**/*.png"))
     assert list(run.folder.glob("tensorboard/*/events.out.tfevents.*"))
     assert len(run.steps()) == 3 * STEPS
+    trace = json.loads((run.folder / "trace.json").read_text())
+    assert sum(record["name"] == "training" for record in trace) == 3 * STEPS
 
 
 def test_the_same_command_again_says_that_it_has_finished(run: Any, weft: Any, adapters: str) -> None:
