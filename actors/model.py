@@ -26,7 +26,6 @@ from weft.actors.recompute import Recompute, choose_recompute
 from weft.actors.slab_batch import LinearGroup, SlabBatch
 from weft.kernels.fp8 import Fp8Weight, can_multiply, quantize_weight
 from weft.kernels.lora import fused_lora_linear, slab_linear, slab_mlp
-from weft.kernels.lora.products import frozen_linear
 from weft.kernels.lora.tables import Tables
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, lora: LoraBatch | Tables | None, source: Callable[[], Tensor] | None = None) -> Tensor:
         """x [T, I] -> [T, sum(widths)]. source: makes x again, where the backward needs it and it should not be kept."""
         if lora is None:
-            return frozen_linear(x, self.weight, self.bias)
+            return nn.functional.linear(x, self.weight, self.bias)
         if isinstance(lora, Tables):
             return slab_linear(x, self.weight, self.bias, lora, lora.groups[self.index], source)
         a, b = zip(*(lora.columns(name) for name in self.names), strict=True)

@@ -3,41 +3,47 @@
 from __future__ import annotations
 
 NOTES: tuple[str, ...] = (
-    "Conditions are in `runs`, by the number that a row names. Cases that say '53 GiB free' ran while another process held the "
-    "rest of the card, so that every layer was recomputed: compare them with one another alone.",
-    "Batching: 64 adapters of 256 tokens, one step of all 562 ms, the same kernels one adapter at a time 7,256 ms: 12.9x. With "
-    "4,096 tokens an adapter (N=8) it is 1.08x: there a single adapter fills the card.",
+    "Conditions are in `runs`, by the number that a row names. Run 0 was on another card of the same kind than 1 and 2: there "
+    "the base alone took 1,043 ms at S=2,048 and PEFT 2,061, here 1,075 and 2,103. Compare rows of one run. 'weft, one "
+    "adapter at a time' and N=64 with S=2,048 are of run 0 alone.",
+    "Batching: 64 adapters of 256 tokens, one step of all 562 ms, the same kernels one adapter at a time 7,256 ms: 12.9x. "
+    "With 4,096 tokens an adapter (N=8) it is 1.08x: there a single adapter fills the card.",
     "Fusion: the same kernels one adapter at a time against PEFT's loop, without batching: 1.84x at 64 x 256 tokens, 1.75x at "
-    "8 x 4,096. At N=1 all of the 1.78x is fusion and attention (cuDNN's for rows of one length); neither side recomputes.",
-    "Recompute: with room for 32,768 tokens of activations the step takes 1,156 ms, with all layers recomputed 1,663 ms: "
-    "deciding it from free memory is worth 30 % of the step that recomputes.",
-    "FP8, both sides with all layers recomputed: 1,663 -> 1,247 ms (N=1) and 1,666 -> 1,252 ms (N=8), 1.33x each. Without "
-    "recompute only an earlier version was measured: 941 ms, 1.23x of 1,156. Of what has changed since, its adapters' kernels "
-    "converted gradients from FP8 to bf16 before a transposed product (outer 74 ms, in bf16 31 ms).",
-    "FP8's error: the gradient differs from bf16's by 0.67 of its norm at 36 layers of random weights (0.18 on the gate's two "
-    "layers against fp32, where bf16 has 0.016): e4m3 has four bits fewer than bf16, so an error about eleven times as large, "
-    "and it grows with depth. `learning`: on the shipped base of three layers both precisions reach 0.97 to 0.98 (calculator) "
-    "and 0.92 to 0.97 (larger) within 18 steps, one run each; in FP8 the calculator fell to 0.63 for two steps on its way.",
+    "8 x 4,096. At N=1 all of the 1.77x is fusion and attention (cuDNN's for rows of one length); neither side recomputes. "
+    "Against stack + torch._grouped_mm over the same decoder (N=8): 1.16x.",
+    "Recompute: with room for 32,768 tokens of activations the step took 1,156 ms, with all layers recomputed (53 GiB of the "
+    "card free) 1,663: deciding it from free memory is worth 30 % of the step that recomputes.",
+    "FP8: 1,189 -> 888 ms (N=1), 1,192 -> 893 (N=8), 1,096 -> 799 (N=8, S=512): 1.34x, 1.34x, 1.37x, no side recomputing. An "
+    "earlier version took 941 ms: since then its products add themselves to the deltas (expand 74 -> 44 ms), gradients for "
+    "the adapters' sums stay in bf16 (outer 78 -> 28), and rows leave no lane idle (114 -> 61).",
+    "FP8's error: the gradient differs from bf16's by 0.66 to 0.74 of its norm at 36 layers of random weights (0.18 on the "
+    "gate's two layers against fp32, where bf16 has 0.016): e4m3 has four bits fewer than bf16, so an error about eleven "
+    "times as large, and it grows with depth. `learning`, of an earlier version of these kernels: on the shipped base of "
+    "three layers both precisions reach 0.97 to 0.98 (calculator) and 0.92 to 0.97 (larger) within 18 steps, one run each; in "
+    "FP8 the calculator fell to 0.63 for two steps on its way.",
+    "Registered adapters: 1,536 instead of 64 with 64 active, 1,084.0 and 1,086.0 ms: a tie.",
+    "PEFT's loop over 64 adapters is timed over 16 of its equal turns, four times as long. Launches bound it, so its host "
+    "matters: 64 x 256 tokens took 8.5 s in run 2 and 13.4 s in run 0 (weft: 14.8x and 23.8x).",
     "Did not help: SwiGLU's kernels adding the deltas of gate, up and of its own gradient (103 ms against 51 + 21 for SwiGLU "
     "and separate deltas): tiles in the matrix unit's layout are read and written four bytes a thread.",
-    "Did not help: scales for blocks of 128 instead of rows (429 ms of products for 36 layers against 328), tensor-wide scales "
-    "(375), sums of FP8 products in fp32 (386); the bf16 products in halves or quarters of the rows (691, 689 against 689).",
-    "Did help a little: more and smaller programs for the sums of chunks in outer, 39.4 -> 35.8 ms.",
-    "Missed, 30,000 tokens a second at S=2,048 (28.3k) and 32,000 at S=512 (31.1k at N=8): the base alone, without LoRA, "
-    "reaches 31.4k and 34.7k; products are 740 of its 1,043 ms (712 TFLOP/s), attention 182. LoRA's kernels take 110 ms, of "
-    "which bytes alone need about 85 at 4.3 TB/s: expand 41, outer 36 to 39, shrink 30.",
-    "Missed, LoRA at most 10 % over the base: 10.8 % at S=2,048 (N=1, 8), before outer's 3.6 ms. Next: deltas added by "
-    "kernels that read their tiles through TMA; one read of dY for shrink and outer.",
-    "Since these rows, seen alone and not yet within a step (32,768 tokens, kernels/bench_products.py, TFLOP/s of PyTorch's "
-    "product, then of the fastest of cuBLAS' algorithms, the later of two turns each): gate_up 658 to 715, its input "
-    "gradient 674 to 699; down 663 to 693, 644 to 654; qkv 661 to 716, 707 to 753; o 659 to 705, 639 to 644. FP8 products "
-    "that add themselves to what is there are as fast as those that do not (gate_up 1,296 and 1,292), which spares reading "
-    "30,720 columns a token and layer.",
-    "Since these rows, likewise: SwiGLU's backward that sums down's A and gate's and up's B in passing, 1.29 ms a layer "
-    "against 1.46 ms for the three kernels apart (kernels/bench_lora.py --only mlp --sweep); in more registers a thread, "
-    "1.53 ms.",
-    "Did not help: a transposed copy of the weight for input gradients (qkv 662 TFLOP/s against 707, o 607 against 639, "
-    "gate_up 682 against 674, down 637 against 644).",
-    "Not measured: 1,536 registered adapters on the card, N=64 with S=512, and stack + torch._grouped_mm, which ran out of "
-    "memory beside the other process.",
+    "Did not help: SwiGLU's backward with three of the adapters' sums in passing, in bf16: alone 1.29 ms a layer against "
+    "1.46, within the step 59 + 20 ms for what took 34 + 39. In FP8 it is part of outer's gain.",
+    "Did not help: the fastest of cuBLAS' algorithms, measured for every shape, instead of its own choice. Single products "
+    "gained up to 8 % (gate_up 658 -> 715 TFLOP/s, qkv 661 -> 716), the step 0.4 % (1,194 -> 1,189 ms; base alone 1,078 -> "
+    "1,075), for what lasts a second runs slower than what lasts milliseconds, whatever the algorithm (probably the card's "
+    "power; not measured): runs 1 and 2 had it on, and it was taken out. Nor a transposed copy of the weights for input "
+    "gradients (o 607 against 639, down 637 against 644).",
+    "Did not help: scales for blocks of 128 instead of rows (429 ms of products for 36 layers against 328), tensor-wide "
+    "scales (375), sums of FP8 products in fp32 (386); the bf16 products in halves or quarters of the rows (691, 689 against "
+    "689).",
+    "Missed, 30,000 tokens a second at S=2,048 and 32,000 at S=512 (27.5k to 28.4k, 29.0k to 31.1k; in FP8 36.7k to 36.9k and "
+    "41.0k): the base alone, without LoRA, reaches 30.5k to 31.4k and 33.5k to 34.7k. Its products take 740 to 762 of 1,043 "
+    "to 1,075 ms, 690 to 712 TFLOP/s of the 796 that a short run of products reaches; attention 182 to 198. Between kernels "
+    "the card idles 7 ms.",
+    "Missed, 1.9x PEFT's best: 1.77x (N=1) to 1.88x at S=2,048, 1.83x and 1.92x at S=512; 2.37x to 2.63x in FP8.",
+    "Missed, LoRA at most 10 % over the base: 10.7 % (N=1) and 11.3 % (N=8) at S=2,048. Its kernels take 110 ms, of which "
+    "bytes alone need about 85 at 4.3 TB/s: expand 43, outer and SwiGLU's sums about 40, shrink 31. Next: one read of dY for "
+    "shrink and outer, and for large groups deltas inside the product (x beside its low rows, W beside B), which spares "
+    "expand's 43 ms.",
+    "Not measured: stack + torch._grouped_mm at 64 x 256 tokens ran out of memory.",
 )

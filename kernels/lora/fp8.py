@@ -22,8 +22,8 @@ from torch import Tensor
 from weft.kernels.fp8 import Fp8Weight, product
 from weft.kernels.fp8.triton import norm_rows, quantize_rows, swiglu_rows
 from weft.kernels.layers.triton import norm_gradient, swiglu_gradient
+from weft.kernels.lora.cublas import add_fp8_product, can_add_fp8
 from weft.kernels.lora.mlp import swiglu_outer
-from weft.kernels.lora.products import add_fp8_product, can_add_fp8
 from weft.kernels.lora.tables import Group, Tables
 from weft.kernels.lora.triton import expand, outer, shrink
 

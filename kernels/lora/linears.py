@@ -22,7 +22,6 @@ from torch import Tensor
 
 from weft.kernels.layers.triton import swiglu, swiglu_rows
 from weft.kernels.lora.mlp import swiglu_outer
-from weft.kernels.lora.products import add_product, frozen_linear
 from weft.kernels.lora.tables import Group, Tables
 from weft.kernels.lora.triton import expand, outer, shrink
 
@@ -36,7 +35,7 @@ def slab_linear(
     gradient slabs itself. source: makes x again for the backward, so that x need not be kept."""
     assert not weight.requires_grad, "the base is frozen: its weight would get no gradient here"
     if not group.touched:
-        return frozen_linear(x, weight, bias)
+        return torch.nn.functional.linear(x, weight, bias)
     out: Tensor = _SlabLinear.apply(x, tables.anchor, weight, bias, tables, group, source)
     return out
 
@@ -70,8 +69,7 @@ class _SlabLinear(torch.autograd.Function):
         source: Callable[[], Tensor] | None,
     ) -> Tensor:
         low = shrink(x, tables, group, "a")
-        out = expand(low, tables, group, "b", bias)
-        add_product(out, x, weight)
+        out = expand(low, tables, group, "b", bias).addmm_(x, weight.t())
         ctx.save_for_backward(x if source is None else None, low, weight)
         ctx.tables, ctx.group, ctx.source = tables, group, source
         return out
@@ -84,8 +82,7 @@ class _SlabLinear(torch.autograd.Function):
         grad_low = shrink(grad_out, tables, group, "b")
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = expand(grad_low, tables, group, "a", None)
-            add_product(grad_x, grad_out, weight, transposed=True)
+            grad_x = expand(grad_low, tables, group, "a", None).addmm_(grad_out, weight)
         if group.trains:
             outer(grad_low, ctx.source() if x is None else x, tables, group, "grad_a")
             ctx.source = None  # what it holds may go
@@ -108,10 +105,10 @@ class _SlabMlp(torch.autograd.Function):
         source: Callable[[], Tensor] | None,
     ) -> Tensor:
         low = shrink(x, tables, groups[0], "a")
-        hidden = add_product(expand(low, tables, groups[0], "b", gate_up[1]), x, gate_up[0])
+        hidden = expand(low, tables, groups[0], "b", gate_up[1]).addmm_(x, gate_up[0].t())
         active = swiglu_rows(hidden)
         low_down = shrink(active, tables, groups[1], "a")
-        out = add_product(expand(low_down, tables, groups[1], "b", down[1]), active, down[0])
+        out = expand(low_down, tables, groups[1], "b", down[1]).addmm_(active, down[0].t())
         ctx.save_for_backward(x if source is None else None, low, hidden, low_down)
         ctx.weights, ctx.tables, ctx.groups, ctx.source = (gate_up[0], down[0]), tables, groups, source
         return out
@@ -122,14 +119,14 @@ class _SlabMlp(torch.autograd.Function):
         tables, (gate_up, down), weights = ctx.tables, ctx.groups, ctx.weights
         grad_out = grad_out.contiguous()
         grad_low = shrink(grad_out, tables, down, "b")
-        grad_active = add_product(expand(grad_low, tables, down, "a", None), grad_out, weights[1], transposed=True)
+        grad_active = expand(grad_low, tables, down, "a", None).addmm_(grad_out, weights[1])
         outer(low_down, grad_out, tables, down, "grad_b")
         grad_hidden = swiglu_outer(hidden, grad_active, low, grad_low, tables, gate_up, down)
         del grad_active
         grad_low = shrink(grad_hidden, tables, gate_up, "b")
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = add_product(expand(grad_low, tables, gate_up, "a", None), grad_hidden, weights[0], transposed=True)
+            grad_x = expand(grad_low, tables, gate_up, "a", None).addmm_(grad_hidden, weights[0])
         outer(grad_low, ctx.source() if x is None else x, tables, gate_up, "grad_a")
         ctx.source = None  # what it holds may go
         return grad_x, None, None, None, None, None, None

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from weft.kernels.lora import linears, products, reference
+from weft.kernels.lora import linears, reference
 from weft.kernels.lora import triton as kernels
 from weft.kernels.lora.tables import SlabGroup, build_tables
 
@@ -265,23 +265,6 @@ def test_an_mlp_without_gradients_of_adapters_gives_the_same_output_and_input_gr
     with_them, without = Mlp("mixed ranks").run(), (frozen := Mlp("mixed ranks")).run(trains=False)
     assert all(close(one, other.double(), 1e-5) for one, other in zip(with_them, without, strict=True))
     assert all(bool((leaf == 3.0).all()) for pair in frozen.grads for parts in pair for part in parts for leaf in part)
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_a_product_adds_itself_to_what_is_there(transposed: bool) -> None:
-    draw = torch.Generator().manual_seed(1)
-    tokens, narrow = products.FEWEST, torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    x, weight, before = (
-        torch.randn(shape, generator=draw).to(DEVICE, narrow)
-        for shape in ((tokens, 32 if transposed else 16), (32, 16), (tokens, 16 if transposed else 32))
-    )
-    wanted = before.double() + x.double() @ (weight.double() if transposed else weight.double().t())
-    assert close(products.add_product(before.clone(), x, weight, transposed), wanted, 1e-2)
-    if not transposed:
-        leaf = x.clone().requires_grad_()
-        out = products.frozen_linear(leaf, weight, None)
-        assert close(out.detach(), wanted - before.double(), 1e-2)
-        assert close(torch.autograd.grad(out.sum(), leaf)[0], weight.double().sum(0).expand(tokens, -1), 1e-2)
 
 
 def test_an_input_made_again_for_the_backward_changes_nothing() -> None:
