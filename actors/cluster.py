@@ -284,11 +284,9 @@ class Cluster:
     def _check_gpus(self) -> None:
         import ray
 
-        config = self._config
-        wanted = config.samplers * config.gpus_per_sampler + config.trainers * config.gpus_per_trainer
         there = int(ray.cluster_resources().get("GPU", 0))
-        if wanted > there:
-            raise SettingError(gpu_message(config, there))
+        if self._config.gpus > there:
+            raise SettingError(gpu_message(self._config, there))
 
     def _stop_ray(self) -> None:
         import ray

@@ -47,11 +47,15 @@ class Client(Protocol):
 
 
 class Peer:
-    """A sampler, as the relay sees it: one process at one endpoint. A process that is started again is another peer."""
+    """A sampler, as the relay sees it: one process at one endpoint. A process that is started again is another peer.
 
-    def __init__(self, sampler: int, endpoint: str, client: Client) -> None:
+    workers: of its engine; each takes part in every broadcast.
+    """
+
+    def __init__(self, sampler: int, endpoint: str, client: Client, workers: int = 1) -> None:
         self.sampler = sampler
         self.endpoint = endpoint
+        self.workers = workers
         self.client = client
         self.serving = True  # until it leaves, or its process is found dead
         self.installed: dict[str, AdapterRef] = {}  # by adapter: the last version that it acknowledged
@@ -212,7 +216,7 @@ class FanOut:
         if failure is not None:
             raise failure
         times.broadcast += time.monotonic() - started
-        self.bytes_sent += handle.nbytes * len(group.peers)
+        self.bytes_sent += handle.nbytes * _workers(group.peers)
         return {}
 
     async def _install(self, ref: AdapterRef, peers: list[Peer], times: Times) -> dict[Peer, WeftError]:
@@ -253,7 +257,7 @@ class FanOut:
     def _form(self, peers: tuple[Peer, ...]) -> _Group:
         self.epoch += 1
         epoch = f"{self._run}-{self.epoch}"
-        size, config = len(peers) + 1, self._config
+        size, config = _workers(peers) + 1, self._config
         link = BroadcastGroup(self._store.address, epoch, 0, size, self.backend, config.deadline_s)
         group = self._groups[peers] = _Group(epoch, peers, link)
         while len(self._groups) > MAX_GROUPS:
@@ -271,8 +275,8 @@ class FanOut:
             handle=handle,
             store=self._store.address,
             epoch=group.epoch,
-            rank=group.peers.index(peer) + 1,
-            world_size=len(group.peers) + 1,
+            rank=1 + _workers(group.peers[: group.peers.index(peer)]),
+            world_size=1 + _workers(group.peers),
             backend=self.backend,
             deadline_s=self._config.deadline_s,
             sequence=sequence,
@@ -282,6 +286,10 @@ class FanOut:
         if self.backend == "gloo":
             return slab.cpu()
         return slab if slab.is_cuda else slab.to(self.home)
+
+
+def _workers(peers: Sequence[Peer]) -> int:
+    return sum(peer.workers for peer in peers)
 
 
 async def ask_all(peers: Sequence[Peer], message: Any, deadline_s: float) -> dict[Peer, WeftError]:

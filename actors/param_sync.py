@@ -159,7 +159,7 @@ class ParamSync:
 
     async def _join(self, message: JoinSampler) -> Done:
         await self._leave(message.sampler)
-        peer = Peer(message.sampler, message.endpoint, self._connect(message.endpoint))
+        peer = Peer(message.sampler, message.endpoint, self._connect(message.endpoint), message.workers)
         self._peers[message.sampler] = peer
         error = await peer.ask(GetStatistics(), self._config.deadline_s)
         if error is not None or not peer.serving:

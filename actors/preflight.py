@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -99,19 +99,18 @@ def check_ranks(config: Config) -> None:
 
 def check_gpus(cluster: ClusterConfig) -> None:
     """GPUs that are asked for are there."""
-    wanted = cluster.samplers * cluster.gpus_per_sampler + cluster.trainers * cluster.gpus_per_trainer
     backend, sampler, trainer = cluster.sync.backend, cluster.gpus_per_sampler, cluster.gpus_per_trainer
     if backend != "gloo" and not (sampler and trainer):
         rule = "must be gloo unless gpus_per_sampler and gpus_per_trainer are above 0"
         raise SettingError(f"cluster.sync.backend={backend!r}: {rule}")
     if backend != "gloo" and (sampler < 1 or trainer < 1):
         raise SettingError(f"cluster.sync.backend={backend!r}: must be gloo where samplers and trainers share a card")
-    if not wanted:
+    if not cluster.gpus:
         return
     import torch
 
     there = torch.cuda.device_count()
-    if wanted > there:
+    if cluster.gpus > there:
         raise SettingError(gpu_message(cluster, there))
 
 
@@ -119,8 +118,7 @@ def gpu_message(cluster: ClusterConfig, there: int) -> str:
     """Says both sides: what the pools ask for and what there is."""
     samplers = f"cluster.samplers={cluster.samplers} x gpus_per_sampler={cluster.gpus_per_sampler:g}"
     trainers = f"cluster.trainers={cluster.trainers} x gpus_per_trainer={cluster.gpus_per_trainer:g}"
-    wanted = cluster.samplers * cluster.gpus_per_sampler + cluster.trainers * cluster.gpus_per_trainer
-    return f"{samplers} + {trainers} ask for {wanted:g} GPUs: must be at most the {there} that are there"
+    return f"{samplers} + {trainers} ask for {cluster.gpus:g} GPUs: must be at most the {there} that are there"
 
 
 def check_vllm(config: Config) -> None:
@@ -158,12 +156,26 @@ def check_model(config: Config) -> str:
     folder = model_folder(config.model)
     with _blaming(f"model.path={config.model.path!r}: "):
         check_folder(folder)
-        longest = read_config(folder).get("max_position_embeddings")
+        found = read_config(folder)
+        longest = found.get("max_position_embeddings")
     wanted = config.cluster.sampler.max_model_len
     if isinstance(longest, int) and wanted > longest:
         rule = f"must be at most max_position_embeddings={longest} of model.path={config.model.path!r}"
         raise SettingError(f"cluster.sampler.max_model_len={wanted}: {rule}")
+    check_split(config.cluster, found, config.model.path)
     return folder
+
+
+def check_split(cluster: ClusterConfig, model: Mapping[str, Any], path: str) -> None:
+    """The model's heads and its hidden units divide evenly over the cards of one sampler."""
+    workers, key_value = cluster.tensor_parallel, model.get("num_key_value_heads") or model["num_attention_heads"]
+    for name in ("num_attention_heads", "intermediate_size"):
+        if model[name] % workers:
+            rule = f"must divide {name}={model[name]} of model.path={path!r}"
+            raise SettingError(f"cluster.gpus_per_sampler={cluster.gpus_per_sampler:g}: {rule}")
+    if key_value % workers and workers % key_value:
+        rule = f"must divide num_key_value_heads={key_value} of model.path={path!r}, or be a multiple of it"
+        raise SettingError(f"cluster.gpus_per_sampler={cluster.gpus_per_sampler:g}: {rule}")
 
 
 def check_lora(adapter: AdapterConfig, folder: str) -> None:

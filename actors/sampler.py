@@ -61,7 +61,8 @@ class _Adapter:
 class Sampler:
     """Answers the sampler's messages. `fatal` ends with an exception when the engine has died, and the process must follow.
 
-    max_lora_rank: of any adapter to come; max_live_versions: places for versions in the engine, over all adapters.
+    max_lora_rank: of any adapter to come; max_live_versions: places for versions in the engine, over all adapters;
+    tensor_parallel: workers that the model is split over, on a GPU each.
     """
 
     def __init__(
@@ -73,8 +74,11 @@ class Sampler:
         device: str,
         max_lora_rank: int,
         max_live_versions: int,
+        tensor_parallel: int = 1,
     ) -> None:
-        arguments = engine_arguments(model_folder, model_dtype, config, device, max_lora_rank, max_live_versions)
+        arguments = engine_arguments(
+            model_folder, model_dtype, config, device, max_lora_rank, max_live_versions, tensor_parallel
+        )
         self._engine = Engine(arguments, device)
         self._config = config
         self._index = index
@@ -216,7 +220,7 @@ class Sampler:
         try:
             async with asyncio.timeout(deadline_s):
                 # The worker must not wait, and has no way to call back: so it is asked again.
-                while await self._engine.call("slab_install", str(version.ref), version.lora_id) == "pending":
+                while "pending" in await self._engine.call_each("slab_install", str(version.ref), version.lora_id):
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, _LAST_POLL_S)
         except TimeoutError as error:

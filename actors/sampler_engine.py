@@ -67,12 +67,17 @@ class Engine:
             raise EngineLostError("vLLM's engine process has died")
 
     async def call(self, method: str, *arguments: object) -> Any:
-        """A method of SamplerExtension, between two steps of the engine. Raises CallError with what it raised."""
+        """A method of SamplerExtension in every worker, between two steps of the engine; returns the first worker's reply.
+        Raises CallError with what it raised."""
+        return (await self.call_each(method, *arguments))[0]
+
+    async def call_each(self, method: str, *arguments: object) -> list[Any]:
+        """The same; returns every worker's reply."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         self.check()
         try:
-            return (await self._llm.collective_rpc(method, args=arguments))[0]
+            return list(await self._llm.collective_rpc(method, args=arguments))
         except EngineDeadError as error:
             raise EngineLostError(f"vLLM's engine process died in {method}") from error
         except Exception as error:  # vLLM reports every failure of the worker as a bare Exception
@@ -157,7 +162,13 @@ _ENVIRONMENT_CPU = {
 
 
 def engine_arguments(
-    folder: str, dtype: str, config: SamplerConfig, device: str, max_lora_rank: int, max_live_versions: int
+    folder: str,
+    dtype: str,
+    config: SamplerConfig,
+    device: str,
+    max_lora_rank: int,
+    max_live_versions: int,
+    tensor_parallel: int = 1,
 ) -> dict[str, Any]:
     """AsyncEngineArgs of both devices. Every live version has a place of its own, so that vLLM never evicts one."""
     fitting = [rank for rank in LORA_RANKS if rank >= max_lora_rank]
@@ -179,6 +190,8 @@ def engine_arguments(
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
+    if tensor_parallel > 1:  # workers are the engine's own children: Ray, whose actor this is, would place them elsewhere
+        arguments |= {"tensor_parallel_size": tensor_parallel, "distributed_executor_backend": "mp"}
     if device == "cpu":
         cache = {"kv_cache_memory_bytes": int(config.kv_cache_gib * _GIB), "block_size": BLOCK_SIZE_CPU}
         # A prompt done in parts has vLLM rewind its request's random generator, which on a CPU kills the engine: they go whole.

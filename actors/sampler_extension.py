@@ -34,6 +34,7 @@ from vllm.lora.lora_model import LoRAModel
 
 from weft.actors.lora import SlabLayout, linear_shapes
 from weft.actors.sampler_lora import use_grouped_lora
+from weft.actors.shards import part_of
 from weft.kernels.pack import Places, pair_targets, scatter_slab
 from weft.transport.broadcast import BroadcastGroup
 from weft.transport.errors import PeerDiedError
@@ -225,6 +226,8 @@ class SamplerExtension:
         Raises what went wrong on the way, or KeyError if nothing was announced.
         """
         if key not in self.weft_arrivals:
+            if lora_id in self.weft_manager._registered_adapters:  # asked again, since another worker was behind
+                return INSTALLED
             raise KeyError(f"{key}: no slab of this name was announced")
         arrival = self.weft_arrivals[key]
         assert arrival.lora_id == lora_id, f"{key} was announced as {arrival.lora_id}, not {lora_id}"
@@ -334,6 +337,7 @@ class SamplerExtension:
         return torch.cuda.Stream(self.device, priority=-1)  # type: ignore[attr-defined, no-untyped-call]
 
     def _line(self, group: dict[str, Any]) -> _Line:
+        group = {**group, "rank": group["rank"] + self.rank}  # type: ignore[attr-defined]  # each worker is one of the group
         lines = self.weft_lines
         line = lines.pop(group["epoch"], None)
         if line is None or line.broken is not None:
@@ -369,10 +373,11 @@ class SamplerExtension:
         offsets = {entry.name: entry.a_offset for entry in layout.entries}
         targets = []
         for name, module in manager.modules.items():
-            for part, a, b in zip(
-                manager.packed_modules.get(name, [name]), module.lora_a_stacked, module.lora_b_stacked, strict=True
-            ):
-                targets += pair_targets(a[:, 0], b[:, 0], offsets.pop(part, None), rank, a.shape[-1])
+            parts = manager.packed_modules.get(name, [name])
+            for index, (part, a, b) in enumerate(zip(parts, module.lora_a_stacked, module.lora_b_stacked, strict=True)):
+                outputs, inputs = self.weft_shapes[part]
+                column, row = part_of(module, index, a[:, 0], b[:, 0], inputs, outputs)
+                targets += pair_targets(a[:, 0], b[:, 0], offsets.pop(part, None), rank, inputs, column, row)
         if offsets:  # vLLM would leave them out in silence
             raise ValueError(f"{key}: the engine applies no LoRA to {next(iter(offsets))!r}")
         return _Form(layout, Places(tuple(targets)))

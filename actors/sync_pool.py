@@ -43,8 +43,12 @@ class _Joined:
 class ParamSyncPool:
     """New versions to the samplers, over one relay."""
 
-    def __init__(self, member: Member, trainers: TrainerPool, affinity: Affinity, deadline_s: float) -> None:
+    def __init__(
+        self, member: Member, trainers: TrainerPool, affinity: Affinity, deadline_s: float, workers: int = 1
+    ) -> None:
+        """workers: of each sampler's engine."""
         self._member = member
+        self._workers = workers
         self._trainers = trainers
         self._affinity = affinity
         self._deadline_s = deadline_s  # of one sync
@@ -129,7 +133,8 @@ class ParamSyncPool:
         while True:
             await self._member.wait_ready()
             with suppress(PeerDiedError):  # the relay's: the next one is asked again
-                await self._member.request(messages.JoinSampler(sampler, joined.endpoint), self._deadline_s)
+                message = messages.JoinSampler(sampler, joined.endpoint, self._workers)
+                await self._member.request(message, self._deadline_s)
                 self._joined[sampler] = joined
                 return
 
@@ -159,7 +164,7 @@ class ParamSyncPool:
         """Give a fresh relay the samplers and every installed version. What cannot be given now comes with its next publish."""
         for sampler, joined in list(self._joined.items()):
             try:
-                await member.request(messages.JoinSampler(sampler, joined.endpoint), self._deadline_s)
+                await member.request(messages.JoinSampler(sampler, joined.endpoint, self._workers), self._deadline_s)
             except WeftError as error:
                 if not member.alive:
                     raise

@@ -78,7 +78,7 @@ async def open_pools(
     trainer_pool = TrainerPool(trainers, cluster.start_deadline_s)
     clock = asyncio.get_running_loop().time
     affinity = Affinity(cluster.samplers, cluster.sampler.max_num_seqs, *version_places(config), clock)
-    sync_pool = ParamSyncPool(relay, trainer_pool, affinity, cluster.sync.deadline_s)
+    sync_pool = ParamSyncPool(relay, trainer_pool, affinity, cluster.sync.deadline_s, cluster.tensor_parallel)
     sampler_pool = SamplerPool(samplers, sync_pool, affinity, cluster.start_deadline_s)
     pools: list[tuple[_Pool, list[Member]]] = [(sampler_pool, samplers), (trainer_pool, trainers), (sync_pool, [relay])]
     async with asyncio.TaskGroup() as tasks:
@@ -116,6 +116,7 @@ def sampler_arguments(config: Config, index: int) -> dict[str, Any]:
         "device": "cuda" if config.cluster.gpus_per_sampler else "cpu",
         "max_lora_rank": max_lora_rank(config),
         "max_live_versions": version_places(config)[0],
+        "tensor_parallel": config.cluster.tensor_parallel,
     }
 
 

@@ -265,8 +265,8 @@ class ClusterConfig:
 
     samplers: int = 1
     trainers: int = 1
-    gpus_per_sampler: float = 0  # below 1: this share of one card, which others may have the rest of
-    gpus_per_trainer: float = 0
+    gpus_per_sampler: float = 0  # below 1: this share of one card, which others may have the rest of; above: tensor parallel
+    gpus_per_trainer: float = 0  # at most 1
     dashboard_port: int = 8265
     start_deadline_s: float = 180.0
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -279,8 +279,20 @@ class ClusterConfig:
         for name in ("gpus_per_sampler", "gpus_per_trainer"):
             value = getattr(self, name)
             _check(0 <= value < 1 or value == int(value) > 0, name, value, "a whole number, or a share of one card from 0 to 1")
+        _check(self.gpus_per_trainer <= 1, "gpus_per_trainer", self.gpus_per_trainer, "at most 1: more trainers use more cards")
         _check(0 <= self.dashboard_port < 65536, "dashboard_port", self.dashboard_port, "from 0 to 65535; 0 is any free port")
         _check(self.start_deadline_s > 0, "start_deadline_s", self.start_deadline_s, "above 0")
+
+
+    @property
+    def tensor_parallel(self) -> int:
+        """Cards that the model of one sampler is split over: gpus_per_sampler, and 1 where that is less."""
+        return max(1, int(self.gpus_per_sampler))
+
+    @property
+    def gpus(self) -> float:
+        """samplers * gpus_per_sampler + trainers * gpus_per_trainer"""
+        return self.samplers * self.gpus_per_sampler + self.trainers * self.gpus_per_trainer
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ class Receive:
     handle: SlabHandle
     store: str  # host:port of the rendezvous store
     epoch: str
-    rank: int
+    rank: int  # of the engine's first worker; the others follow
     world_size: int
     backend: str
     deadline_s: float
@@ -313,10 +313,12 @@ class Distributed:
 
 @dataclass(frozen=True)
 class JoinSampler:
-    """-> Done, when this sampler answers. It holds nothing yet. A new endpoint replaces the old."""
+    """-> Done, when this sampler answers. It holds nothing yet. A new endpoint replaces the old. workers: of its engine, each
+    of which takes part in broadcasts."""
 
     sampler: int
     endpoint: str
+    workers: int = 1
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,12 @@ def make(trainer_base: Path, tmp_path: Path) -> Iterator[Callable[..., Bench]]:
 
 
 @pytest.fixture
+def trainer_bench() -> type[Bench]:
+    """The class: a trainer on a base of the test's own."""
+    return Bench
+
+
+@pytest.fixture
 def batch() -> Callable[..., TrainBatch]:
     return make_batch
 

