@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
-from weft.kernels.lora_decode import Work, add_lora, misfit
+from weft.kernels.lora_decode import Work, add_lora, misfit, warm_up
 
 logger = logging.getLogger("vllm.plugins.weft")
 
@@ -71,6 +71,10 @@ class DecodeLora(PunicaWrapperGPU):  # type: ignore[misc]
             self.weft_alone = not reasons
             for reason in sorted(reasons):
                 logger.warning("weft's LoRA kernels leave to vLLM's own: %s", reason)
+            ours = [module for module in modules.values() if not _why_not(module)]
+            kinds = {tuple(one.shape for one in (*each.lora_a_stacked, *each.lora_b_stacked)): each for each in ours}
+            for module in kinds.values():
+                warm_up(module.lora_a_stacked, module.lora_b_stacked, self.weft_tokens)
 
     def update_metadata(
         self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs: Any

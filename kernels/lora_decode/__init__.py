@@ -13,7 +13,7 @@ from torch import Tensor
 from weft.kernels.lora_decode import reference
 from weft.kernels.lora_decode.work import HEIGHTS, Work
 
-__all__ = ["HEIGHTS", "MOST_PARTS", "WIDEST", "Work", "add_lora", "misfit"]
+__all__ = ["HEIGHTS", "MOST_PARTS", "WIDEST", "Work", "add_lora", "misfit", "warm_up"]
 
 MOST_PARTS = 3
 WIDEST = 128  # rank that the kernels hold at once
@@ -41,6 +41,15 @@ def add_lora(
         triton.add_lora(y, x, a, b, table, max_tokens, scale, add)
     else:
         reference.add_lora(y, x, a, b, table, max_tokens, scale, add)
+
+
+def warm_up(a: Sequence[Tensor], b: Sequence[Tensor], max_tokens: int) -> None:
+    """Compile what `add_lora` launches for linears of this shape, for any number of tokens: else the first that come wait for
+    it. Reads and writes no weights."""
+    if a[0].device.type == "cuda":
+        from weft.kernels.lora_decode import triton  # needs a GPU's driver, or its interpreter
+
+        triton.warm_up(a, b, max_tokens)
 
 
 def misfit(a: Sequence[Tensor], b: Sequence[Tensor]) -> str:

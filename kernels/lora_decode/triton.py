@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from weft.kernels.lora_decode.work import HEIGHTS, most_tiles, tiles_at
+from weft.kernels.lora_decode.work import HEIGHTS, Work, most_tiles, tiles_at
 
 
 class Settings(NamedTuple):
@@ -43,8 +43,10 @@ class Settings(NamedTuple):
     expand_stages: int
 
 
-FEW = Settings(0, 256, 256, False, 528, 4, 1, 128, 528, 4, 3)
-SOME = Settings(0, 128, 512, False, 396, 4, 3, 128, 528, 4, 3)
+# The best single changes that bench_lora_decode.py --tune found at 64, 256 and 8,192 tokens with 8 and 64 adapters (r = 32,
+# Qwen3-4B's linears, one H200): benchmarks/results/lora_decode-h200.json.
+FEW = Settings(0, 256, 256, False, 1056, 4, 1, 128, 528, 4, 3)
+SOME = Settings(0, 128, 512, False, 1056, 4, 3, 128, 528, 4, 3)
 MANY = Settings(1, 64, 1280, True, 528, 4, 4, 128, 264, 4, 3)
 LIMITS = ((64, FEW), (512, SOME))
 NARROW_RANK = 32  # of which the settings are; what is wider has as much less of the other side
@@ -66,6 +68,15 @@ def add_lora(
     own = settings(x.shape[0], a[0].shape[2])
     sums = shrink(x, a, table, max_tokens, own, chains(y.device))
     expand(sums, y, b, table, max_tokens, scale, add, own, chains(y.device))
+
+
+def warm_up(a: Sequence[Tensor], b: Sequence[Tensor], max_tokens: int) -> None:
+    """As `weft.kernels.lora_decode.warm_up` says."""
+    work = Work(max_tokens, a[0].shape[0], a[0].device)
+    for tokens in (1, *(limit + 1 for limit, _ in LIMITS)):
+        if tokens <= max_tokens:
+            x = a[0].new_empty(tokens, a[0].shape[3])
+            add_lora(x.new_empty(tokens, sum(part.shape[2] for part in b)), x, a, b, work.table, max_tokens, 1.0, True)
 
 
 def shrink(x: Tensor, a: Sequence[Tensor], table: Tensor, max_tokens: int, own: Settings, chained: bool) -> Tensor:

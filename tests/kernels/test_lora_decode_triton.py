@@ -122,6 +122,12 @@ def test_an_adapter_gets_the_same_bits_whoever_else_is_there() -> None:
         assert torch.equal(alone[~rows], problem.y.float().cpu()[~rows])
 
 
+def test_a_warm_up_reads_no_weights_and_takes_any_number_of_tokens() -> None:
+    problem = Problem(MIXES["nobody"])  # all weights are poison
+    for most in (5, 200, 600):
+        kernels.warm_up(problem.a, problem.b, most)
+
+
 @pytest.mark.parametrize("fault", ["group", "scale", "rank", "token"])
 def test_a_planted_error_is_seen(fault: str) -> None:
     problem = Problem(MIXES["mixed"])
