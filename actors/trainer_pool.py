@@ -1,5 +1,6 @@
 """The trainers that the pipeline awaits: pipeline/interfaces.py over processes that may die.
 
+An adapter may move: saved by the process that has it, loaded by another, dropped by the first.
 A death: every call about an adapter that the process held raises PeerDiedError until `add` makes that adapter again, and
 `wait_lost` tells those that call nobody.
 """
@@ -7,17 +8,21 @@ A death: every call about an adapter that the process held raises PeerDiedError 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
-from collections.abc import Hashable, Sequence
+import shutil
+import tempfile
+from collections.abc import Collection, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from weft.actors.member import Member, all_ready, numbers_of, statistics_of
 from weft.configs.expand import to_mapping
 from weft.configs.schema import AdapterConfig
 from weft.transport import messages
-from weft.transport.errors import AdapterFault, DeadlineError, PeerDiedError
+from weft.transport.errors import AdapterFault, DeadlineError, PeerDiedError, WeftError
 from weft.transport.messages import AdapterRef, Saved, SlabHandle, StepResults, TrainBatch
 
 _log = logging.getLogger(__name__)
@@ -61,8 +66,14 @@ class _Life:
 class TrainerPool:
     """Weights, gradients and moments of every adapter; each adapter lives in one trainer."""
 
-    def __init__(self, members: Sequence[Member], deadline_s: float) -> None:
+    def __init__(self, members: Sequence[Member], deadline_s: float, folder: str | None = None) -> None:
+        """folder: where a state is while its adapter moves, best in shared memory; None: the system's temporary folder."""
         self._members = members
+        self._folder = Path(folder or tempfile.gettempdir())
+        self._numbers = itertools.count()  # of moves
+        self._moving_to: set[_Life] = set()
+        self._moved = asyncio.Event()  # set at each move, and then another one
+        self._added: dict[str, messages.AddAdapter] = {}
         self._deadline_s = deadline_s  # of making an adapter: its environment or weights
         self._lives = {member: _Life(member) for member in members}
         self._home: dict[str, _Life] = {}
@@ -86,8 +97,9 @@ class TrainerPool:
         before = self._home.get(config.name)
         home = self._lives[min(self._members, key=self._count)] if before is None or before.ended else before
         self._home[config.name] = home  # before it is asked: those that join meanwhile count this one too
+        message = self._added[config.name] = messages.AddAdapter(to_mapping(config), lineage)
         try:
-            await home.request(messages.AddAdapter(to_mapping(config), lineage), self._deadline_s)
+            await home.request(message, self._deadline_s)
         except DeadlineError as error:  # it may be made yet, so its home stays known to `drop`
             said = f"{config.name}: {home.member.name} has not made its weights within {self._deadline_s:g} s"
             raise AdapterFault(said, "DeadlineError") from error
@@ -99,17 +111,58 @@ class TrainerPool:
             raise
 
     async def drop(self, name: str) -> None:
+        self._added.pop(name, None)
         home = self._home.pop(name, None)
         if home is not None:
-            try:
-                with suppress(PeerDiedError):  # then it is gone already
-                    await home.request(messages.DropAdapter(name), self._deadline_s)
-            except DeadlineError as error:  # its memory is lost to the others, and nothing else
-                _log.warning("%s may still hold %s, which has left: %s", home.member.name, name, error)
+            await self._drop_at(home, name)
+
+    async def _drop_at(self, home: _Life, name: str) -> None:
+        try:
+            with suppress(PeerDiedError):  # then it is gone already
+                await home.request(messages.DropAdapter(name), self._deadline_s)
+        except DeadlineError as error:  # its memory is lost to the others, and nothing else
+            _log.warning("%s may still hold %s, which has left: %s", home.member.name, name, error)
+
+    async def move(self, ref: AdapterRef, busy: Collection[Hashable]) -> bool:
+        """To the trainer with the fewest adapters of those that are not `busy`, state and all. False: there is none, or that
+        one could not take it, and all is as it was. Raises PeerDiedError when the process that has it dies."""
+        home = self._home[ref.name]
+        free = [m for m in self._members if m.ready and self._lives[m] not in (*busy, home, *self._moving_to)]
+        if not free:
+            return False
+        new = self._lives[min(free, key=self._count)]
+        folder = self._folder / f"move-{next(self._numbers)}"
+        self._moving_to.add(new)
+        try:
+            await home.request(messages.Save(ref, str(folder)))
+            await new.request(self._added[ref.name], self._deadline_s)
+            await new.request(messages.Load(ref, str(folder)), self._deadline_s)
+        except WeftError as error:
+            if home.ended:
+                raise
+            _log.warning("%s stays on %s: %s", ref, home.member.name, error)
+            await self._drop_at(new, ref.name)
+            return False
+        finally:
+            self._moving_to.discard(new)
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        self._home[ref.name] = new
+        moved, self._moved = self._moved, asyncio.Event()
+        moved.set()
+        await self._drop_at(home, ref.name)
+        return True
 
     async def wait_lost(self, name: str) -> str:
-        """Returns why the process died that has held this adapter since its newest `add`."""
-        return await self._home[name].wait_end()
+        """Returns why the process died that holds this adapter, or held it last."""
+        while True:
+            home, moved = self._home[name], self._moved
+            async with asyncio.TaskGroup() as tasks:
+                waiting = [tasks.create_task(home.wait_end()), tasks.create_task(moved.wait())]
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in waiting:
+                    task.cancel()
+            if home.ended and self._home.get(name, home) is home:
+                return await home.wait_end()
 
     async def step(self, batches: Sequence[TrainBatch]) -> StepResults:
         """One launch of adapters that have one home."""

@@ -75,7 +75,7 @@ async def open_pools(
         for index in range(cluster.samplers)
     ]
     relay = member("param-sync", PARAM_SYNC, param_sync_arguments(config), 0, {})
-    trainer_pool = TrainerPool(trainers, cluster.start_deadline_s)
+    trainer_pool = TrainerPool(trainers, cluster.start_deadline_s, shared_folder)
     clock = asyncio.get_running_loop().time
     affinity = Affinity(cluster.samplers, cluster.sampler.max_num_seqs, *version_places(config), clock)
     sync_pool = ParamSyncPool(relay, trainer_pool, affinity, cluster.sync.deadline_s, cluster.tensor_parallel)

@@ -14,7 +14,7 @@ AdapterFault is one adapter's own fault and ends that adapter alone.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -74,8 +74,12 @@ class Trainers(Protocol):
 
     async def drop(self, name: str) -> None: ...
 
+    async def move(self, ref: AdapterRef, busy: Collection[Hashable]) -> bool:
+        """To a trainer that is none of `busy`, with all its state, to the bit; meanwhile it may be published, not trained.
+        False: there is none, or it could not be; then it is where it was."""
+
     async def wait_lost(self, name: str) -> str:
-        """Returns why the process died that has held this adapter since its newest `add`: at once, if it is dead."""
+        """Returns why the process died that holds this adapter, or held it last: at once, if it is dead."""
 
     async def step(self, batches: Sequence[TrainBatch]) -> StepResults:
         """One fused forward and backward over all batches, whose adapters have one home; then one optimizer step each."""

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Hashable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from weft.pipeline.balance import Balance
 from weft.pipeline.events import PoolStatistics
 from weft.pipeline.interfaces import Seat, Seats, Trainers
 from weft.transport.errors import PeerDiedError
@@ -162,6 +163,7 @@ class _Submission:
     home: Hashable
     on_launch: Callable[[], None]
     submitted: float
+    idle_before: float  # how long some trainer had been idle by then
     stepped: asyncio.Future[Stepped] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -170,6 +172,7 @@ class StepScheduler:
 
     A launch takes the batch that has waited longest, whatever its size, then in order of age every one that still fits into the
     token budget. Each launch takes the oldest, so none starves: a batch waits for at most as many launches as were ahead of it.
+    An adapter whose batch would wait, as many have before it, while another trainer is idle, moves there first (balance.py).
     A death of a trainer fails its launch and all that wait for it: their adapters are gone with it. Those of others go on.
     """
 
@@ -190,17 +193,24 @@ class StepScheduler:
         self._meter = LoadMeter(clock)
         self._pending: list[_Submission] = []
         self._launching: set[Hashable] = set()  # homes
+        self._balance = Balance(clock)
 
     async def submit(self, batch: TrainBatch, on_launch: Callable[[], None] = lambda: None) -> Stepped:
         """One optimizer step of one adapter; waits for its launch. Raises what the trainer raises.
 
         `on_launch` is called when its launch begins. To cancel a batch that is launched does not stop the launch.
         """
+        submitted, idle_before = self._clock(), self._balance.idle_seconds
         home = self._trainers.home(batch.ref.name)
-        submission = _Submission(batch, home, on_launch, self._clock())
+        if home in self._launching and len(self._launching) < self._trainers.capacity and self._balance.asks_for_move(home):
+            await self._trainers.move(batch.ref, self._launching)
+            self._balance.note_move(self._clock() - submitted)
+            home, idle_before = self._trainers.home(batch.ref.name), self._balance.idle_seconds
+        submission = _Submission(batch, home, on_launch, submitted, idle_before)
         self._pending.append(submission)
         if home not in self._launching:
             self._launching.add(home)
+            self._balance.set_idle(len(self._launching) < self._trainers.capacity)
             self._tasks.create_task(self._launch(home))
         try:
             return await submission.stepped
@@ -221,11 +231,13 @@ class StepScheduler:
             while waiting := self._waiting(home):
                 chosen = self._choose(waiting)
                 for submission in chosen:
+                    self._balance.note_wait(home, self._balance.idle_seconds - submission.idle_before)
                     self._pending.remove(submission)
                     submission.on_launch()
                 await self._step(chosen)
         finally:
             self._launching.discard(home)
+            self._balance.set_idle(len(self._launching) < self._trainers.capacity)
 
     def _waiting(self, home: Hashable) -> list[_Submission]:
         return [submission for submission in self._pending if submission.home == home]

@@ -14,7 +14,7 @@ import json
 import random
 import selectors
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -342,6 +342,9 @@ class SimulatedTrainers:
     async def drop(self, name: str) -> None:
         assert not self.stepping or name not in self.world.launches[-1], "dropped under a launch"
         self.held.pop(name, None)
+
+    async def move(self, ref: AdapterRef, busy: Collection[Any]) -> bool:
+        return False
 
     async def wait_lost(self, name: str) -> str:
         life, _ = self.held[name]
