@@ -165,7 +165,8 @@ class Sampler:
 
     async def _receive(self, message: Receive) -> Done:
         handle = message.handle
-        slab = {key: getattr(handle, key) for key in ("nbytes", "dtype", "rank", "scale")} | {"modules": list(handle.modules)}
+        slab = {key: getattr(handle, key) for key in ("nbytes", "dtype", "rank", "scale", "checksum")}
+        slab["modules"] = list(handle.modules)
         keys = ("store", "epoch", "rank", "world_size", "backend", "deadline_s")
         group = None if handle.data is not None else {key: getattr(message, key) for key in keys}
         data = None if handle.data is None else handle.data.tobytes()

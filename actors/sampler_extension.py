@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from vllm.lora.lora_model import LoRAModel
 
+from weft.actors.checksum import checksum
 from weft.actors.lora import SlabLayout, linear_shapes
 from weft.actors.sampler_lora import use_grouped_lora
 from weft.actors.shards import part_of
@@ -86,6 +87,7 @@ class _Arrival:
     dtype: torch.dtype
     scale: float
     slot: int | None
+    checksum: int  # 0: not known
     raw: torch.Tensor | None = None
     discarded: bool = False
     told: float = field(default_factory=time.monotonic)
@@ -193,7 +195,7 @@ class SamplerExtension:
     def slab_receive(
         self, key: str, slab: dict[str, Any], group: dict[str, Any] | None, data: bytes | None, lora_id: int, sequence: int
     ) -> None:
-        """Expect the slab `key`, which will be adapter `lora_id`; returns at once. slab: nbytes, dtype, rank, scale, modules.
+        """Expect the slab `key`, which will be adapter `lora_id`; returns at once. slab: fields of its SlabHandle.
         group: BroadcastGroup's arguments, of which broadcast number `sequence` brings it. data: the bytes themselves, and then
         there is no broadcast.
 
@@ -201,7 +203,7 @@ class SamplerExtension:
         """
         form = self._form(key, slab)
         self._forget(key)
-        arrival = _Arrival(lora_id, form, getattr(torch, slab["dtype"]), slab["scale"], self._claim(lora_id))
+        arrival = _Arrival(lora_id, form, getattr(torch, slab["dtype"]), slab["scale"], self._claim(lora_id), slab["checksum"])
         self.weft_arrivals[key] = arrival
 
         def settle(came: torch.Tensor | BaseException) -> None:
@@ -306,7 +308,7 @@ class SamplerExtension:
     # ---- filling: the thread that received it ----
 
     def _settle(self, key: str, arrival: _Arrival, raw: torch.Tensor) -> None:
-        """Into its slot, if it has one. Raises ValueError when a weight is not finite."""
+        """Into its slot, if it has one. Raises ValueError when a weight is not finite, or a byte is not what was sent."""
         arrival.came = arrival.came or time.monotonic()
         if arrival.slot is None:
             arrival.raw = raw
@@ -314,23 +316,25 @@ class SamplerExtension:
         with self.weft_filling:
             if arrival.discarded:
                 return
-            if self._fill(arrival, raw):
-                raise ValueError(f"{key}: not every weight is finite")
+            if fault := self._fill(arrival, raw):
+                raise ValueError(f"{key}: {fault}")
             self.weft_times.append((key, (arrival.told, arrival.came, time.monotonic())))
             self.weft_live.append(arrival)
         arrival.raw = None
 
-    def _fill(self, arrival: _Arrival, raw: torch.Tensor) -> bool:
-        """Whether some weight is not finite, once the slot is filled."""
+    def _fill(self, arrival: _Arrival, raw: torch.Tensor) -> str:
+        """Fill the slot; returns why nobody may use it, if so."""
         device = self.device  # type: ignore[attr-defined]
         assert arrival.slot is not None
-        if device.type == "cpu":
-            fault = scatter_slab(raw.view(arrival.dtype), arrival.form.places, arrival.slot, arrival.scale)
-            return bool(fault.item())
-        torch.cuda.set_device(device)
-        with torch.cuda.stream(self.weft_stream):  # not behind the engine's own work
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        with torch.cuda.stream(self.weft_stream if device.type == "cuda" else None):  # not behind the engine's own work
             there = raw.to(device, non_blocking=True).view(arrival.dtype)
-            return bool(scatter_slab(there, arrival.form.places, arrival.slot, arrival.scale).item())
+            words = checksum(there) if arrival.checksum else None
+            sick = scatter_slab(there, arrival.form.places, arrival.slot, arrival.scale)
+            if words is not None and int(words) != arrival.checksum:
+                return "the bytes that came are not those that the trainer published"
+            return "not every weight is finite" if sick.item() else ""
 
     @cached_property
     def weft_stream(self) -> Any:

@@ -14,7 +14,6 @@ others' step is taken.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import functools
 import hashlib
 import json
@@ -37,13 +36,14 @@ from torch import Tensor
 
 from weft.actors.adapter_store import AdapterStore
 from weft.actors.blame import blamed_on
+from weft.actors.checksum import checksum
 from weft.actors.launch import check_batch
 from weft.actors.learner import Adapter, Learner
 from weft.actors.lora import SlabLayout, init_pairs, linear_shapes, resolve_targets
 from weft.actors.model import load_model, read_config
 from weft.actors.peft_folder import read_peft_folder, write_peft_folder
 from weft.actors.slab_ipc import Boxes
-from weft.actors.warm_up import WarmUp
+from weft.actors.warm_up import WarmUp, keep_freed_memory
 from weft.configs.build import build
 from weft.configs.schema import AdapterConfig, TrainerConfig
 from weft.transport import messages
@@ -137,7 +137,7 @@ class Trainer:
 
     def _load_base(self) -> None:
         if self._device.type == "cpu":
-            _keep_freed_memory()
+            keep_freed_memory()
         shutil.rmtree(self._folder / "adapters", ignore_errors=True)  # of a trainer that was killed
         decoder = load_model(self._model_folder, self._dtype, self._device)
         decoder.use_fp8(self._base_precision == "fp8")
@@ -306,6 +306,7 @@ class Trainer:
                 adapter.canary = ref, self._learner.canaries([adapter])[0]
             if self._boxes is not None:
                 self._boxes.put(slabs.weights, ref.name, path)
+            words = int(checksum(slabs.weights))
             raw = None if self._boxes is not None else slabs.weights.cpu().clone().view(torch.uint8).numpy()
         if raw is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -324,6 +325,7 @@ class Trainer:
             host=socket.gethostname(),
             path=str(path),
             on_device=raw is None,
+            checksum=words,
         )
 
     def _save(self, message: messages.Save) -> messages.Saved:
@@ -389,11 +391,3 @@ def _read_state(path: Path) -> tuple[Tensor, dict[str, Any]]:
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} is cut short or altered: {error}") from error
 
-
-def _keep_freed_memory() -> None:
-    """Has glibc keep large blocks that are freed. By default it gives them back to the kernel, and every step faults the same
-    pages in again: 14-19 % of a step of the shipped base on one core. Freed memory then stays with this process."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if mallopt is not None:
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 256 << 20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            mallopt(option, value)

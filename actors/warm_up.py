@@ -7,6 +7,7 @@ one of even rank and one of odd, stand for all others of their block (kernels.lo
 
 from __future__ import annotations
 
+import ctypes
 import uuid
 from collections.abc import Collection, Iterable, Mapping
 
@@ -84,3 +85,12 @@ def _batch(ref: AdapterRef) -> TrainBatch:
         loss_tokens=int(mask.sum()),
         loss_rows=len(lengths),
     )
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep large blocks that are freed. By default it gives them back to the kernel, and every step faults the same
+    pages in again: 14-19 % of a step of the shipped base on one core. Freed memory then stays with this process."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 256 << 20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            mallopt(option, value)

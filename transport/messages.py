@@ -94,6 +94,7 @@ class SlabHandle:
     path: str = ""
     on_device: bool = False
     data: Array | None = None  # uint8 [nbytes]
+    checksum: int = 0  # actors/checksum.py; 0: not known
 
 
 # ---- requests to any actor ----

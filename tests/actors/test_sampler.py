@@ -132,7 +132,8 @@ class Reference:
         generator = torch.Generator().manual_seed(seed_of(ref))
         flat = torch.randn(layout.numel, generator=generator) * size
         data = flat.view(torch.uint8).numpy()
-        handle = SlabHandle(ref, data.nbytes, "float32", rank, 2.0, modules, 0.0, 0.0, data=data)
+        words = int(data.view(np.int16).sum(dtype=np.int64))
+        handle = SlabHandle(ref, data.nbytes, "float32", rank, 2.0, modules, 0.0, 0.0, data=data, checksum=words)
         self.slabs[ref] = handle
         tokens = torch.tensor(canary_tokens(272))
         sums = [float(self.logprobs(which, tokens)[1:].sum()) for which in (ref, None)]
@@ -455,10 +456,10 @@ def test_a_wrong_slab_is_refused_by_its_canary_and_leaves_nothing(bench: Bench) 
         wanted = bench.reference.slab(dataclasses.replace(ref, version=2))
         other = bench.reference.slab(dataclasses.replace(ref, version=3))
         with pytest.raises(InstallError, match="not the adapter that the trainer published"):
-            await bench.publish(dataclasses.replace(wanted, data=other.data))
+            await bench.publish(dataclasses.replace(wanted, data=other.data, checksum=other.checksum))
         assert wanted.data is not None
         with pytest.raises(InstallError, match="samples as the base model"):
-            await bench.publish(dataclasses.replace(wanted, data=np.zeros_like(wanted.data)))
+            await bench.publish(dataclasses.replace(wanted, data=np.zeros_like(wanted.data), checksum=0))
         with pytest.raises(InstallError, match="not the adapter"):
             await bench.publish(dataclasses.replace(wanted, scale=4.0))
         assert (await bench.statistics()).live_versions == (str(ref),)
@@ -475,6 +476,7 @@ def test_a_wrong_slab_is_refused_by_its_canary_and_leaves_nothing(bench: Bench) 
         ({"modules": ("model.layers.9.mlp.up_proj",)}, "model.layers.9"),
         ({"nbytes": 12}, "12 bytes, but these modules"),
         ({"data": np.full(1, np.nan, np.float32)}, "not every weight is finite"),
+        ({"checksum": 1}, "the bytes that came are not those that the trainer published"),
     ],
 )
 def test_a_slab_that_cannot_be_applied_is_refused_before_the_engine_sees_it(
@@ -486,7 +488,8 @@ def test_a_slab_that_cannot_be_applied_is_refused_before_the_engine_sees_it(
         if "rank" in change:
             handle = bench.reference.slab(handle.ref, rank=64)
         elif "data" in change:
-            handle = dataclasses.replace(handle, data=np.full(handle.nbytes // 4, np.nan, np.float32).view(np.uint8))
+            data = np.full(handle.nbytes // 4, np.nan, np.float32).view(np.uint8)
+            handle = dataclasses.replace(handle, data=data, checksum=0)
         else:
             handle = dataclasses.replace(handle, **change)
         with pytest.raises(InstallError, match=message):
