@@ -1,6 +1,6 @@
 """The trainer: weights, gradients and moments of many adapters on one frozen base, behind messages.
 
-    handle(message) ──> thread of training: TrainStep, ForwardBackward, OptimStep, Score
+    handle(message) ──> thread of training: TrainStep, TrainShare, ForwardBackward, OptimStep, Score
                   |──> thread of state: Publish, Load, DropAdapter
                   |──> threads of files: AddAdapter, Save, Export
                   `──> GetStatistics is answered at once
@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
-import json
 import os
 import shutil
 import socket
@@ -30,8 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from weft.actors.adapter_store import AdapterStore
@@ -42,16 +39,16 @@ from weft.actors.learner import Adapter, Learner
 from weft.actors.lora import SlabLayout, init_pairs, linear_shapes, resolve_targets
 from weft.actors.model import load_model, read_config
 from weft.actors.peft_folder import read_peft_folder, write_peft_folder
+from weft.actors.shared_step import SharedSteps
 from weft.actors.slab_ipc import Boxes
+from weft.actors.trainer_state import read_state, write_state
 from weft.actors.warm_up import WarmUp, keep_freed_memory
 from weft.configs.build import build
 from weft.configs.schema import AdapterConfig, TrainerConfig
 from weft.transport import messages
-from weft.transport.errors import CheckpointError, VersionError
+from weft.transport.errors import VersionError
 from weft.transport.messages import UNSAMPLED, AdapterRef, StepResult, TrainBatch
 
-STATE_FILE = "adapter.safetensors"  # what Save writes: these, fp32 [D] each, and in its header the rest
-STATE_TENSORS = ("master", "exp_avg", "exp_avg_sq")
 SWITCH_S = 5e-4  # after which a thread that launches lets one that publishes have its turn
 FILES = 8  # adapters made or written at once, each with a copy of its state in memory
 
@@ -86,6 +83,7 @@ class Trainer:
         self._state = ThreadPoolExecutor(1, "weft-state", initializer=functools.partial(_own_stream, self._device))
         self._files = ThreadPoolExecutor(FILES, "weft-files", initializer=functools.partial(_own_stream, self._device))
         self._adapters: dict[str, Adapter] = {}
+        self._shared = SharedSteps(self._store)
         self._boxes = Boxes(self._device) if shares_device else None
         self._ranks = ranks
         self._shapes = linear_shapes(read_config(self._model_folder))
@@ -94,6 +92,7 @@ class Trainer:
         self._busy_seconds = 0.0
         training: dict[type, Callable[[Any], Any]] = {
             messages.TrainStep: self._train_step,
+            messages.TrainShare: self._train_share,
             messages.ForwardBackward: self._forward_backward,
             messages.OptimStep: self._optim_step,
             messages.Score: self._score,
@@ -121,6 +120,9 @@ class Trainer:
         whose weights cannot be made."""
         if isinstance(message, messages.GetStatistics):
             return self._statistics()
+        if isinstance(message, messages.EndShare):
+            self._shared.end(message.epoch)
+            return messages.Done()
         assert type(message) in self._calls, f"no message to a trainer: {type(message).__name__}"
         loop, (thread, call) = asyncio.get_running_loop(), self._calls[type(message)]
         if isinstance(message, messages.AddAdapter) and self._warm_up is not None:
@@ -222,6 +224,15 @@ class Trainer:
 
     def _forward_backward(self, message: messages.ForwardBackward) -> messages.StepResults:
         return self._launches(message.batches, step=False)
+
+    def _train_share(self, message: messages.TrainShare) -> messages.StepResults:
+        began, batch = time.perf_counter(), message.batch
+        with self._locked([batch.ref.name]):
+            adapter, refusal = self._adapters.get(batch.ref.name), self._refusal(batch)
+            result = self._shared.step(message, adapter, refusal, self._learner, self._step)
+        self._tokens_trained += result.tokens
+        self._busy_seconds += time.perf_counter() - began
+        return messages.StepResults((result,), time.perf_counter() - began)
 
     def _launches(self, batches: Sequence[TrainBatch], step: bool) -> messages.StepResults:
         """Those refused have a fault; the others go through together, as many at once as the device tier holds."""
@@ -331,26 +342,16 @@ class Trainer:
     def _save(self, message: messages.Save) -> messages.Saved:
         with self._own_version(message.ref) as adapter, self._store.hold([adapter.name]) as (slabs,):
             state = slabs.state.cpu().clone()
-        folder = Path(message.folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".{STATE_FILE}"
         header = {**_identity(adapter, message.ref), "seed": _seed(adapter.config)}
-        tensors = dict(zip(STATE_TENSORS, state.unbind(), strict=True))
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, part, metadata={"weft": json.dumps(header)})
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-            checksum = hashlib.file_digest(file, "sha256").hexdigest()
-        part.replace(folder / STATE_FILE)
-        return messages.Saved({STATE_FILE: checksum})
+        return messages.Saved(write_state(Path(message.folder), state, header))
 
     def _load(self, message: messages.Load) -> messages.Done:
         """Raises CheckpointError for a file that is not whole, ValueError for one of another shape or version."""
-        path = Path(message.folder) / STATE_FILE
         with self._own(message.ref.name) as adapter:
-            state, identity = _read_state(path)
+            state, identity = read_state(Path(message.folder))
             for key, own in _identity(adapter, message.ref).items():
                 if identity.get(key) != own:
-                    raise ValueError(f"checkpoint {path}: {key}={identity.get(key)!r} there, {own!r} here")
+                    raise ValueError(f"checkpoint {message.folder}: {key}={identity.get(key)!r} there, {own!r} here")
             with self._store.hold([adapter.name]) as (slabs,):
                 slabs.replace_state(state)
             adapter.ref, adapter.fault, adapter.canary = message.ref, "", None
@@ -380,14 +381,3 @@ def _seed(config: AdapterConfig) -> int:
 def _identity(adapter: Adapter, ref: AdapterRef) -> dict[str, Any]:
     """What a checkpoint must agree on to be loaded as `ref`."""
     return {"version": ref.version, "rank": adapter.layout.rank, "modules": list(adapter.layout.modules)}
-
-
-def _read_state(path: Path) -> tuple[Tensor, dict[str, Any]]:
-    """-> fp32 [3, D], and the header."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = torch.stack([file.get_tensor(name) for name in STATE_TENSORS])
-            return state, json.loads((file.metadata() or {})["weft"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path} is cut short or altered: {error}") from error
-

@@ -1,6 +1,7 @@
 """The trainers that the pipeline awaits: pipeline/interfaces.py over processes that may die.
 
 An adapter may move: saved by the process that has it, loaded by another, dropped by the first.
+Where there are fewer adapters than trainers, one may live on several: each trains some of its rows (shared_step.py).
 A death: every call about an adapter that the process held raises PeerDiedError until `add` makes that adapter again, and
 `wait_lost` tells those that call nobody.
 """
@@ -10,18 +11,22 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import shutil
 import tempfile
+import uuid
 from collections.abc import Collection, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from weft.actors.member import Member, all_ready, numbers_of, statistics_of
+from weft.actors.member import Member, all_ready, numbers_of, statistics_of, together
+from weft.actors.shared_step import join, split
 from weft.configs.expand import to_mapping
 from weft.configs.schema import AdapterConfig
 from weft.transport import messages
+from weft.transport.broadcast import RendezvousStore
 from weft.transport.errors import AdapterFault, DeadlineError, PeerDiedError, WeftError
 from weft.transport.messages import AdapterRef, Saved, SlabHandle, StepResults, TrainBatch
 
@@ -34,7 +39,7 @@ class _Life:
     def __init__(self, member: Member) -> None:
         self.member = member
         self._number = member.deaths + 1
-        self._why = ""
+        self.why = ""
         self._ended = asyncio.Event()
 
     @property
@@ -49,26 +54,42 @@ class _Life:
                 return await self.member.request(message, deadline_s)
             except PeerDiedError as error:
                 self.end(str(error))
-        raise PeerDiedError(self._why)
+        raise PeerDiedError(self.why)
 
     def end(self, why: str) -> None:
         """It is dead, and what it held is lost."""
         if not self.ended:
-            self._why = f"process {self._number} of {self.member.name}: {why}"
+            self.why = f"process {self._number} of {self.member.name}: {why}"
             self._ended.set()
 
     async def wait_end(self) -> str:
         """Returns why it ended."""
         await self._ended.wait()
-        return self._why
+        return self.why
+
+
+_Home = tuple[_Life, ...]  # the trainers of one adapter: all of them have all of its state
 
 
 class TrainerPool:
-    """Weights, gradients and moments of every adapter; each adapter lives in one trainer."""
+    """Weights, gradients and moments of every adapter; each adapter lives in one trainer, or in several that no other is in."""
 
-    def __init__(self, members: Sequence[Member], deadline_s: float, folder: str | None = None) -> None:
-        """folder: where a state is while its adapter moves, best in shared memory; None: the system's temporary folder."""
+    def __init__(
+        self,
+        members: Sequence[Member],
+        deadline_s: float,
+        folder: str | None = None,
+        adapters: int | None = None,
+        backend: str = "gloo",
+    ) -> None:
+        """folder: where a state is while its adapter moves, best in shared memory; None: the system's temporary folder.
+        adapters: that are known to come; if they are fewer than the trainers, these are shared out among them. backend: of the
+        sums of their gradients."""
         self._members = members
+        self._expected = adapters or len(members)
+        self._backend = backend
+        self._store: RendezvousStore | None = None
+        self._epochs: dict[_Home, str] = {}
         self._folder = Path(folder or tempfile.gettempdir())
         self._numbers = itertools.count()  # of moves
         self._moving_to: set[_Life] = set()
@@ -76,7 +97,7 @@ class TrainerPool:
         self._added: dict[str, messages.AddAdapter] = {}
         self._deadline_s = deadline_s  # of making an adapter: its environment or weights
         self._lives = {member: _Life(member) for member in members}
-        self._home: dict[str, _Life] = {}
+        self._home: dict[str, _Home] = {}
 
     @property
     def capacity(self) -> int:
@@ -84,7 +105,7 @@ class TrainerPool:
         return len(self._members)
 
     def home(self, name: str) -> Hashable:
-        """The process that has held this adapter since its newest `add`, dead or alive."""
+        """The processes that hold this adapter, dead or alive."""
         return self._home[name]
 
     async def wait_ready(self) -> None:
@@ -95,13 +116,13 @@ class TrainerPool:
         """Raises AdapterFault when it cannot be made, or not in time."""
         await self.wait_ready()
         before = self._home.get(config.name)
-        home = self._lives[min(self._members, key=self._count)] if before is None or before.ended else before
+        home = self._new_home(config.name) if before is None or _why(before) else before
         self._home[config.name] = home  # before it is asked: those that join meanwhile count this one too
         message = self._added[config.name] = messages.AddAdapter(to_mapping(config), lineage)
         try:
-            await home.request(message, self._deadline_s)
+            await _each(home, message, self._deadline_s)
         except DeadlineError as error:  # it may be made yet, so its home stays known to `drop`
-            said = f"{config.name}: {home.member.name} has not made its weights within {self._deadline_s:g} s"
+            said = f"{config.name}: {home[0].member.name} has not made its weights within {self._deadline_s:g} s"
             raise AdapterFault(said, "DeadlineError") from error
         except BaseException:
             if before is None:
@@ -110,11 +131,20 @@ class TrainerPool:
                 self._home[config.name] = before
             raise
 
+    def _new_home(self, name: str) -> _Home:
+        """The trainer with the fewest adapters; where adapters are fewer than trainers, an even part of those without one."""
+        others = {other: home for other, home in self._home.items() if other != name}
+        count = {member: sum(self._lives[member] in home for home in others.values()) for member in self._members}
+        to_come = max(self._expected - len(others), 1)
+        empty = sum(not number for number in count.values())
+        chosen = sorted(self._members, key=count.__getitem__)[: max(math.ceil(empty / to_come), 1)]
+        return tuple(self._lives[member] for member in chosen)
+
     async def drop(self, name: str) -> None:
         self._added.pop(name, None)
         home = self._home.pop(name, None)
-        if home is not None:
-            await self._drop_at(home, name)
+        for life in home or ():
+            await self._drop_at(life, name)
 
     async def _drop_at(self, home: _Life, name: str) -> None:
         try:
@@ -126,9 +156,10 @@ class TrainerPool:
     async def move(self, ref: AdapterRef, busy: Collection[Hashable]) -> bool:
         """To the trainer with the fewest adapters of those that are not `busy`, state and all. False: there is none, or that
         one could not take it, and all is as it was. Raises PeerDiedError when the process that has it dies."""
-        home = self._home[ref.name]
-        free = [m for m in self._members if m.ready and self._lives[m] not in (*busy, home, *self._moving_to)]
-        if not free:
+        at_work = {life for home in busy if isinstance(home, tuple) for life in home}
+        home, *others = self._home[ref.name]
+        free = [m for m in self._members if m.ready and self._lives[m] not in {home, *at_work, *self._moving_to}]
+        if not free or others:
             return False
         new = self._lives[min(free, key=self._count)]
         folder = self._folder / f"move-{next(self._numbers)}"
@@ -146,7 +177,7 @@ class TrainerPool:
         finally:
             self._moving_to.discard(new)
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
-        self._home[ref.name] = new
+        self._home[ref.name] = (new,)
         moved, self._moved = self._moved, asyncio.Event()
         moved.set()
         await self._drop_at(home, ref.name)
@@ -157,32 +188,59 @@ class TrainerPool:
         while True:
             home, moved = self._home[name], self._moved
             async with asyncio.TaskGroup() as tasks:
-                waiting = [tasks.create_task(home.wait_end()), tasks.create_task(moved.wait())]
+                waiting = [tasks.create_task(wait) for wait in (*(life.wait_end() for life in home), moved.wait())]
                 await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 for task in waiting:
                     task.cancel()
-            if home.ended and self._home.get(name, home) is home:
-                return await home.wait_end()
+            if (why := _why(home)) and self._home.get(name, home) is home:
+                return why
 
     async def step(self, batches: Sequence[TrainBatch]) -> StepResults:
         """One launch of adapters that have one home."""
         (home,) = {self._home[batch.ref.name] for batch in batches}
-        results: StepResults = await home.request(messages.TrainStep(tuple(batches)))
-        return replace(results, trainer=self._members.index(home.member))
+        if len(home) > 1:
+            done = [await self._share(batch, home) for batch in batches]
+            results = StepResults(tuple(one.results[0] for one in done), sum(one.seconds for one in done))
+        else:
+            results = await home[0].request(messages.TrainStep(tuple(batches)))
+        return replace(results, trainer=self._members.index(home[0].member))
+
+    async def _share(self, batch: TrainBatch, home: _Home) -> StepResults:
+        """One step on all of these trainers. Whatever goes wrong with one ends it for all: PeerDiedError."""
+        self._store = self._store or RendezvousStore()
+        epoch = self._epochs.setdefault(home, uuid.uuid4().hex[:12])
+        parts = split(batch, len(home))
+        store, size = self._store.address, len(home)
+        shares = [
+            messages.TrainShare(part, store, epoch, rank, size, self._backend, self._deadline_s)
+            for rank, part in enumerate(parts)
+        ]
+        try:
+            done = await together(*(life.request(share) for life, share in zip(home, shares, strict=True)))
+        except BaseException as error:
+            self._epochs.pop(home, None)
+            self._store.dissolve(epoch)
+            for life in home:
+                with suppress(WeftError):  # who is dead waits for nobody
+                    await life.request(messages.EndShare(epoch), self._deadline_s)
+            if isinstance(error, WeftError):
+                raise PeerDiedError(_why(home) or f"a step on {len(home)} trainers: {error}") from error
+            raise
+        return StepResults((join(parts, [one.results[0] for one in done]),), max(one.seconds for one in done))
 
     async def save(self, ref: AdapterRef, folder: str) -> Saved:
-        saved: Saved = await self._home[ref.name].request(messages.Save(ref, folder))
+        saved: Saved = await self._home[ref.name][0].request(messages.Save(ref, folder))
         return saved
 
     async def load(self, ref: AdapterRef, folder: str) -> None:
-        await self._home[ref.name].request(messages.Load(ref, folder))
+        await _each(self._home[ref.name], messages.Load(ref, folder))
 
     async def export(self, ref: AdapterRef, folder: str) -> None:
-        await self._home[ref.name].request(messages.Export(ref, folder))
+        await self._home[ref.name][0].request(messages.Export(ref, folder))
 
     async def publish(self, ref: AdapterRef) -> SlabHandle:
         """The weights of `ref`, for the relay."""
-        handle: SlabHandle = await self._home[ref.name].request(messages.Publish(ref), self._deadline_s)
+        handle: SlabHandle = await self._home[ref.name][0].request(messages.Publish(ref), self._deadline_s)
         return handle
 
     async def statistics(self) -> list[messages.TrainerStatistics]:
@@ -201,4 +259,13 @@ class TrainerPool:
         self._lives[member] = _Life(member)
 
     def _count(self, member: Member) -> int:
-        return sum(home is self._lives[member] for home in self._home.values())
+        return sum(self._lives[member] in home for home in self._home.values())
+
+
+def _why(home: _Home) -> str:
+    """Why one of these trainers died; nothing while they all live."""
+    return next((life.why for life in home if life.ended), "")
+
+
+async def _each(home: _Home, message: Any, deadline_s: float | None = None) -> None:
+    await together(*(life.request(message, deadline_s) for life in home))

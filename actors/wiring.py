@@ -75,7 +75,13 @@ async def open_pools(
         for index in range(cluster.samplers)
     ]
     relay = member("param-sync", PARAM_SYNC, param_sync_arguments(config), 0, {})
-    trainer_pool = TrainerPool(trainers, cluster.start_deadline_s, shared_folder)
+    trainer_pool = TrainerPool(
+        trainers,
+        cluster.start_deadline_s,
+        shared_folder,
+        len(config.adapters),
+        "gloo" if cluster.sync.backend == "gloo" else "nccl",
+    )
     clock = asyncio.get_running_loop().time
     affinity = Affinity(cluster.samplers, cluster.sampler.max_num_seqs, *version_places(config), clock)
     sync_pool = ParamSyncPool(relay, trainer_pool, affinity, cluster.sync.deadline_s, cluster.tensor_parallel)

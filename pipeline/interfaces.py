@@ -58,14 +58,14 @@ class Samplers(Seats, Protocol):
 
 
 class Trainers(Protocol):
-    """Weights, gradients and moments of every adapter; each adapter lives in one trainer."""
+    """Weights, gradients and moments of every adapter; each lives in one trainer, or in several where trainers are more."""
 
     @property
     def capacity(self) -> int:
         """Launches that run at once: one on each trainer."""
 
     def home(self, name: str) -> Hashable:
-        """The process that has held this adapter since its newest `add`, dead or alive."""
+        """The process, or processes, that hold this adapter, dead or alive. Adapters of one home may share a launch."""
 
     async def wait_ready(self) -> None: ...
 

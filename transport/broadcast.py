@@ -1,4 +1,4 @@
-"""One tensor from rank 0 to all others, over gloo or NCCL. The one file that imports torch.distributed.
+"""One tensor from rank 0 to all others, or everybody's sum to all, over gloo or NCCL. Only this file imports torch.distributed.
 
     relay    store = RendezvousStore("127.0.0.1")                       sampler's worker
              group = BroadcastGroup(store.address, "7", 0, 3, "gloo", 30.0)    BroadcastGroup(address, "7", 1, 3, "gloo", 30.0)
@@ -17,7 +17,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -28,7 +28,8 @@ import torch.distributed
 from weft.transport import rendezvous
 from weft.transport.errors import DeadlineError, PeerDiedError, RendezvousError, WeftError
 
-_Job = tuple[torch.Tensor, float, "queue.SimpleQueue[BaseException | None]"]  # what is broadcast, until when, and how it went
+_Work = Callable[[torch.Tensor], Any]  # begins it in the process group
+_Job = tuple[torch.Tensor, _Work, float, "queue.SimpleQueue[BaseException | None]"]  # of what, until when, and how it went
 dist: Any = torch.distributed  # its type hints leave out half of what is used here
 BACKENDS = ("gloo", "nccl")
 _GRACE_S = 0.5  # gloo's own timeout comes first and says more
@@ -101,6 +102,14 @@ class BroadcastGroup:
         Raises RendezvousError (the group did not form), PeerDiedError (a member went), DeadlineError. After any of them
         the group is of no more use: close it and form another under a new epoch.
         """
+        self._do(tensor, self._begin_broadcast)
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        """The sum of all ranks' tensors in place of each, the same bits everywhere. Contiguous, of one type and length.
+        Blocking; raises as `broadcast` does."""
+        self._do(tensor, self._begin_all_reduce)
+
+    def _do(self, tensor: torch.Tensor, work: _Work) -> None:
         assert tensor.is_contiguous(), "a slab is one flat buffer"
         assert self._outcome is None, "one broadcast at a time"
         if self._broken:
@@ -112,7 +121,7 @@ class BroadcastGroup:
         if self._jobs is None:
             self._jobs = queue.SimpleQueue()
             threading.Thread(target=self._serve, args=(self._jobs,), name=f"broadcast-{self._epoch}", daemon=True).start()
-        self._jobs.put((tensor, start + self._deadline_s, outcome))
+        self._jobs.put((tensor, work, start + self._deadline_s, outcome))
         try:
             error = outcome.get(timeout=self._deadline_s + _GRACE_S)
         except queue.Empty:
@@ -149,15 +158,17 @@ class BroadcastGroup:
             self._run(*job)
             del job  # a slab is held no longer than it takes
 
-    def _run(self, tensor: torch.Tensor, end: float, outcome: queue.SimpleQueue[BaseException | None]) -> None:
-        """The body of one broadcast."""
+    def _run(
+        self, tensor: torch.Tensor, work: _Work, end: float, outcome: queue.SimpleQueue[BaseException | None]
+    ) -> None:
+        """The body of one broadcast, or of one sum."""
         try:
             with self._own_stream(tensor):
                 if self._group is None:
                     self._group = self._form(end)
                 if self._broken:
                     raise PeerDiedError(f"group {self._epoch}: {self._broken}")
-                self._send(tensor, end)
+                self._finish(work(tensor.detach().view(-1)), tensor, end)
             outcome.put(None)
         except WeftError as error:
             outcome.put(error)
@@ -196,10 +207,17 @@ class BroadcastGroup:
         options._timeout = timedelta(seconds=max(end - time.monotonic(), 0.001))
         return dist.ProcessGroupGloo(prefix, self._rank, self._world_size, options)
 
-    def _send(self, tensor: torch.Tensor, end: float) -> None:
+    def _begin_broadcast(self, flat: torch.Tensor) -> Any:
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        work = self._group.broadcast([tensor.detach().view(-1).view(torch.uint8)], options)
+        return self._group.broadcast([flat.view(torch.uint8)], options)
+
+    def _begin_all_reduce(self, flat: torch.Tensor) -> Any:
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.SUM
+        return self._group.allreduce([flat], options)
+
+    def _finish(self, work: Any, tensor: torch.Tensor, end: float) -> None:
         if self._backend == "gloo":
             work.wait(timedelta(seconds=max(end - time.monotonic(), 0.001)))
             return

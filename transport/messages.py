@@ -199,6 +199,27 @@ class TrainStep:
 
 
 @dataclass(frozen=True)
+class TrainShare:
+    """-> StepResults of one. As TrainStep, for rows of a batch whose others are with other trainers: their gradients are added
+    up before each of them steps. rank, world_size: in the group `epoch`; all of them get the message."""
+
+    batch: TrainBatch
+    store: str  # host:port of the rendezvous store
+    epoch: str
+    rank: int
+    world_size: int
+    backend: str
+    deadline_s: float
+
+
+@dataclass(frozen=True)
+class EndShare:
+    """-> Done, at once: whoever waits in this group waits no more."""
+
+    epoch: str
+
+
+@dataclass(frozen=True)
 class ForwardBackward:
     """-> StepResults. Adds to the gradients of these adapters; no weight changes."""
 

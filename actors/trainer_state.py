@@ -1,0 +1,44 @@
+"""What of an adapter survives its trainer: masters and moments in one file, and in its header what they are of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from weft.transport.errors import CheckpointError
+
+STATE_FILE = "adapter.safetensors"
+STATE_TENSORS = ("master", "exp_avg", "exp_avg_sq")  # fp32 [D] each
+
+
+def write_state(folder: Path, state: Tensor, header: Mapping[str, Any]) -> dict[str, str]:
+    """state: fp32 [3, D] on the host. -> SHA-256 by file name, once it is on the disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f".{STATE_FILE}"
+    tensors = {name: tensor.clone() for name, tensor in zip(STATE_TENSORS, state.unbind(), strict=True)}
+    save_file(tensors, part, metadata={"weft": json.dumps(header)})
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    part.replace(folder / STATE_FILE)
+    return {STATE_FILE: checksum}
+
+
+def read_state(folder: Path) -> tuple[Tensor, dict[str, Any]]:
+    """-> fp32 [3, D], and the header. Raises CheckpointError for a file that is not whole."""
+    path = folder / STATE_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = torch.stack([file.get_tensor(name) for name in STATE_TENSORS])
+            return state, json.loads((file.metadata() or {})["weft"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path} is cut short or altered: {error}") from error
