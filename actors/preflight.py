@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from weft.actors.blame import shown
 from weft.actors.environment import Environment
 from weft.actors.environments.load import load_environment
 from weft.actors.sampler_engine import LORA_RANKS, TESTED
@@ -209,8 +210,10 @@ def check_environment(adapter: AdapterConfig, tokenizer: Any, max_model_len: int
             try:
                 prompt = loaded[key].prompt(0, held_out)
                 tokens = Chat(tokenizer).prompt(prompt)
-            except (Exception, SystemExit) as error:  # a user's prompt, through a model's template: either may raise anything
-                said = f"{type(error).__name__}: {error}"
+            except BaseException as error:  # a user's prompt, through a model's template: either may raise anything
+                if isinstance(error, KeyboardInterrupt):
+                    raise  # somebody's Ctrl-C
+                said = f"{type(error).__name__}: {shown(error)}"
                 raise ValueError(f"environment.target={target!r}: prompt(0, {held_out}) cannot be rendered: {said}") from error
             if len(tokens) >= max_model_len:
                 rule = f"has {len(tokens)} tokens, and cluster.sampler.max_model_len={max_model_len} must be above that"

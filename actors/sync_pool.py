@@ -24,7 +24,7 @@ from weft.actors.affinity import Affinity
 from weft.actors.member import Member, dropped, numbers_of, statistics_of
 from weft.actors.trainer_pool import TrainerPool
 from weft.transport import messages
-from weft.transport.errors import InstallError, PeerDiedError, VersionError, WeftError
+from weft.transport.errors import InstallError, PeerDiedError, RemoteError, VersionError, WeftError
 from weft.transport.messages import AdapterRef, Distributed, SlabHandle
 
 ATTEMPTS = 5  # of one publish, while nothing has died: a death's notice may come later than the error that it causes
@@ -64,7 +64,8 @@ class ParamSyncPool:
     async def publish(self, ref: AdapterRef, supersedes: AdapterRef | None) -> Distributed:
         """Returns when every sampler that serves this adapter from now on has installed `ref`.
 
-        Survives the death of the relay or of a sampler; raises PeerDiedError for the trainer's alone, and InstallError,
+        Survives the death of the relay or of a sampler, and a place for slabs that is full for a moment; raises PeerDiedError
+        for the trainer's death alone, and InstallError,
         RendezvousError or DeadlineError when it fails again and again though nothing has died.
         """
         turn = self._turn(ref.name)
@@ -73,7 +74,7 @@ class ParamSyncPool:
             attempt = 0
             while True:
                 await self._member.wait_ready()
-                with _taken_or_removed(await self._trainers.publish(ref)) as handle:
+                with _taken_or_removed(await self._slab(ref)) as handle:
                     await self._member.wait_ready()  # one that has come meanwhile knows no sampler before it is prepared
                     world = self._world()
                     there = {sampler: self._joined[sampler] for sampler in targets if sampler in self._joined}
@@ -88,6 +89,17 @@ class ParamSyncPool:
                         await self._withdraw(ref.name)
                         return done
                 await asyncio.sleep(PAUSE_S * attempt)
+
+    async def _slab(self, ref: AdapterRef) -> SlabHandle:
+        """From its trainer. A place without room for it may have some later: InstallError if it has not."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return await self._trainers.publish(ref)
+            except RemoteError as error:
+                if attempt == ATTEMPTS or error.kind != "OSError":
+                    raise InstallError(f"{ref}: its trainer cannot hand its weights over: {error}") from error
+            await asyncio.sleep(PAUSE_S * attempt)
+        raise AssertionError("the last attempt returns or raises")
 
     async def serve(self, name: str, sampler: int) -> None:
         """Returns when this sampler has the adapter's newest version: at once, where it was published to.

@@ -19,6 +19,7 @@ BUILT_IN = {
     "reasoning_gym": "weft.actors.environments.reasoning_gym.ReasoningGym",
     "jsonl": "weft.actors.environments.jsonl.Jsonl",
 }
+MAX_PROMPTS = 2**24  # each epoch has a shuffle of them in memory: 128 MB
 MEMBERS = ("num_prompts", "prompt", "respond")  # of the protocol
 
 
@@ -67,7 +68,8 @@ def _check_settings(target: str, factory: Any, settings: Mapping[str, Any]) -> N
 
 
 def num_prompts(environment: Environment) -> int | None:
-    """The environment's, as a plain int, whatever integer it is. Raises ValueError for what is none, or is not above 0."""
+    """The environment's, as a plain int, whatever integer it is. Raises ValueError for what is none, is not above 0, or is more
+    than can be shuffled."""
     count = environment.num_prompts
     if count is None:
         return None
@@ -77,6 +79,8 @@ def num_prompts(environment: Environment) -> int | None:
         whole = 0
     if whole < 1:
         raise ValueError(f"num_prompts={shown(count, repr)}: must be an integer above 0, or None for endless")
+    if whole > MAX_PROMPTS:
+        raise ValueError(f"num_prompts={shown(count, repr)}: must be at most {MAX_PROMPTS}; None is endless, and in order")
     return whole
 
 

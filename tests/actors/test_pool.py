@@ -556,6 +556,28 @@ def test_a_slab_that_a_trainer_cannot_write_for_a_new_relay_holds_up_no_rollout_
     asyncio.run(law())
 
 
+def test_a_slab_that_cannot_be_written_is_tried_again_and_then_is_its_adapters_own_fault(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            refs = [await pools.add(name) for name in ("a", "b")]
+            newer = [await pools.step(ref) for ref in refs]
+            world.full = True
+            with pytest.raises(InstallError, match="No space left"):
+                await pools.sync.publish(newer[0], refs[0])
+            async with asyncio.TaskGroup() as tasks:
+                publishing = tasks.create_task(pools.sync.publish(newer[1], refs[1]))
+                await asyncio.sleep(0.005)
+                world.full = False
+                await publishing
+            assert (await pools.samplers.rollout(newer[1], 0, 1)).ref == newer[1]
+            assert (await pools.samplers.rollout(refs[0], 0, 1)).ref == refs[0]
+
+    monkeypatch.setattr("weft.actors.sync_pool.PAUSE_S", 0.01)
+    asyncio.run(law())
+
+
 def test_no_slab_outlives_its_publish_though_relays_die_that_were_to_take_it(tmp_path: Path) -> None:
     async def law() -> None:
         async with running() as (pools, world):

@@ -45,6 +45,19 @@ class Countless:
     def prompt(self, index, held_out): ...
     async def respond(self, prompt, turns): ...
 
+class Many(Riddles):
+    num_prompts = 10**15
+
+class Unspeakable(BaseException):
+    def __str__(self):
+        raise RuntimeError("do not ask")
+
+class Falls(Riddles):
+    def prompt(self, index, held_out):
+        if held_out:
+            raise Unspeakable
+        return super().prompt(index, held_out)
+
 class NoRespond:
     num_prompts = 3
     def prompt(self, index, held_out):
@@ -150,6 +163,9 @@ def test_an_environment_must_import_fit_and_leave_room_to_answer(tmp_path: Path,
     assert "cluster.sampler.max_model_len=512 must be above that" in said("mytasks.Riddles", length=500)
     assert "did you mean 'calculator'" in said("calculater")
     assert "num_prompts raised KeyError: 'never counted'" in said("mytasks.Countless")
+    assert "num_prompts=1000000000000000: must be at most 16777216; None is endless" in said("mytasks.Many")
+    fall = "prompt(0, True) cannot be rendered: Unspeakable: (cannot be shown: RuntimeError)"
+    assert fall in said("mytasks.Falls")
     (tmp_path / "leaver.py").write_text("import sys\nsys.exit(3)\n")
     assert "module 'leaver' does not import: SystemExit: 3" in said("leaver.Task")
 
