@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weft.actors.blame import blamed_on
-from weft.actors.canary import canary_tokens
+from weft.actors.canary import canary_allowance, canary_tokens
 from weft.actors.environment import Environment, Prompt
 from weft.actors.environment_thread import EnvironmentThread
 from weft.actors.environments.load import load_environment, num_prompts
@@ -45,7 +45,6 @@ from weft.transport.messages import (
     SlabHandle,
 )
 
-CANARY_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # nats a scored token between trainer and engine
 _FIRST_POLL_S, _LAST_POLL_S = 0.0003, 0.01  # between two looks at a slab that is on its way; doubles
 
 
@@ -82,7 +81,7 @@ class Sampler:
         self._engine = Engine(arguments, device)
         self._config = config
         self._index = index
-        self._tolerance = CANARY_TOLERANCE[model_dtype]
+        self._dtype = model_dtype
         self._max_lora_rank = int(arguments["max_lora_rank"])
         self._leases = Leases(max_live_versions)
         self._adapters: dict[str, _Adapter] = {}
@@ -233,7 +232,7 @@ class Sampler:
         """Refuse a version under which the engine does not give the canary tokens the trainer's log-probability."""
         tokens = canary_tokens(self._engine.vocab_size)
         found = await self._engine.score(tokens, version)
-        allowed = self._tolerance * (len(tokens) - 1)
+        allowed = canary_allowance(self._dtype, handle.canary_logprob, handle.base_logprob)
         if abs(found - handle.canary_logprob) <= allowed:
             return
         why = "it is not the adapter that the trainer published"
