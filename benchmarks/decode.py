@@ -1,7 +1,7 @@
 """Decoding with many adapters: vLLM with its own LoRA kernels, with weft's, and without LoRA, in turns on one card.
 
     python benchmarks/decode.py                  one GPU, Qwen3-4B shape, r = 32  -> benchmarks/results/decode-<GPU>.json
-    python benchmarks/decode.py --parts ranks    other ranks; `many`: 256 slots; with --keep what is there already stays
+    python benchmarks/decode.py --parts ranks    r = 8, 16; `wide`: 64, mixed; `many`: 256 slots; --keep what is there already
     python benchmarks/decode.py --smoke          the kernels' gate on this CPU, and a result of its form
 
 Every contender is an engine in a process of its own (decode_engine.py); all of a part start together and stay; the rounds go
@@ -31,6 +31,7 @@ from record import RESULTS, commit, hardware, spread, versions, write_result
 
 BASE = Arm("no LoRA")
 ZIPF = 1.1  # exponent
+SMALL_CACHE = 7.4  # GB: 256 sequences of 192 tokens
 
 
 @dataclass(frozen=True)
@@ -63,27 +64,32 @@ MAIN_ROWS = (
 )  # fmt: skip
 
 
-def of_rank(name: str, ranks: tuple[int, ...]) -> tuple[Arm, Arm]:
-    few = {"slots": 8, "ranks": ranks, "cache_gb": 8.0}
-    return Arm(f"vllm, {name}", counts=True, dual=True, **few), Arm(f"weft, {name}", ours=True, **few)  # type: ignore[arg-type]
+def of_ranks(*several: tuple[str, tuple[int, ...]]) -> tuple[tuple[Arm, ...], tuple[Row, ...]]:
+    """Both kernels at each of these ranks, eight adapters; as many engines as the card has memory for."""
+    arms, rows = [Arm(BASE.name, cache_gb=SMALL_CACHE)], []
+    for name, ranks in several:
+        theirs = Arm(f"vllm, {name}", 8, ranks, counts=True, dual=True, cache_gb=SMALL_CACHE)
+        ours = Arm(f"weft, {name}", 8, ranks, ours=True, cache_gb=SMALL_CACHE)
+        arms += [theirs, ours]
+        rows += [Row(8, batch, (theirs.name, ours.name), 64) for batch in (64, 256)]
+    return tuple(arms), tuple(rows)
 
 
-def rank_rows(arms: tuple[Arm, ...]) -> tuple[Row, ...]:
-    pairs = [(one.name, two.name) for one, two in zip(arms[1::2], arms[2::2], strict=True)]
-    return tuple(Row(8, batch, pair, 64) for batch in (64, 256) for pair in pairs)
-
-
-RANKS = (BASE, *of_rank("r=8", (8,)), *of_rank("r=16", (16,)), *of_rank("r=64", (64,)), *of_rank("r=8 to 64", (8, 16, 32, 64)))
 WIDE, WIDE_OURS, FEW_OURS = "vllm, 256 slots", "weft, 256 slots", "weft, 8 slots"
 MANY = (
-    Arm(BASE.name, cache_gb=7.4), Arm(WIDE, 256, cache_gb=7.4), Arm(WIDE_OURS, 256, ours=True, cache_gb=7.4),
-    Arm(FEW_OURS, 8, ours=True, cache_gb=7.4),
+    Arm(BASE.name, cache_gb=SMALL_CACHE), Arm(WIDE, 256, cache_gb=SMALL_CACHE),
+    Arm(WIDE_OURS, 256, ours=True, cache_gb=SMALL_CACHE), Arm(FEW_OURS, 8, ours=True, cache_gb=SMALL_CACHE),
 )  # fmt: skip
 MANY_ROWS = (
     Row(256, 256, (WIDE, WIDE_OURS), 64), Row(8, 64, (WIDE, WIDE_OURS, FEW_OURS), 64), Row(8, 256, (WIDE_OURS, FEW_OURS), 64),
     Row(256, 64, (WIDE, WIDE_OURS), 64),
 )  # fmt: skip
-PARTS = {"main": (MAIN, MAIN_ROWS), "ranks": (RANKS, rank_rows(RANKS)), "many": (MANY, MANY_ROWS)}
+PARTS = {
+    "main": (MAIN, MAIN_ROWS),
+    "many": (MANY, MANY_ROWS),
+    "ranks": of_ranks(("r=8", (8,)), ("r=16", (16,))),
+    "wide": of_ranks(("r=64", (64,)), ("r=8 to 64", (8, 16, 32, 64))),
+}
 
 
 def measure(part: str, engines: dict[str, Engine], rounds: int, shortest: int) -> list[dict[str, Any]]:
@@ -188,9 +194,10 @@ def run_part(part: str, folder: str, options: argparse.Namespace) -> dict[str, A
             result["gate"] |= check_greedy(ours[0], theirs[-1], adapters, 64)
         print(result["gate"], flush=True)
         result["engines"] = {name: engine.facts for name, engine in engines.items()}
-        result["rows"] = measure(part, engines, options.rounds, options.shortest) if BASE.name in engines else []
+        wanted = BASE.name in engines and not options.tiny
+        result["rows"] = measure(part, engines, options.rounds, options.shortest) if wanted else []
         result["rows"] += [{"part": part, "contender": name, "fault": fault} for name, fault in faults.items()]
-        if options.profile and part == "main":
+        if options.profile and wanted and part == "main":
             result["profiles"] = profiles(engines)
     finally:
         for engine in engines.values():
@@ -208,7 +215,7 @@ def main() -> None:
         "--shortest", type=int, default=640, help="tokens of each sequence that a row takes the time of, at least"
     )
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "weft-decode-base")
-    parser.add_argument("--tiny", action="store_true", help="on the base that ships, whose rows mean nothing: for its gate")
+    parser.add_argument("--tiny", action="store_true", help="the gate alone, on the base that ships")
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--output", type=Path)
     parser.add_argument("--keep", action="store_true")

@@ -6,6 +6,7 @@ trainer's decoder that decode_check.py compares with.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import time
@@ -14,9 +15,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+
 LINEARS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 CAPTURED = (8, 64, 256)  # batches of the rows: the graphs of others would only take time
 PROMPT = 128
+LONGEST = 2304  # tokens of a sequence
 SIZE = 0.02  # of an adapter's random weights
 START_S = 400.0
 
@@ -105,6 +109,12 @@ class Engine:
         return value
 
 
+def random_slab(numel: int, number: int, device: torch.device | str) -> torch.Tensor:
+    """Adapter `number`'s weights: A and B alike N(0, SIZE), bf16."""
+    draw = torch.Generator(device=device).manual_seed(number)
+    return (torch.randn(numel, generator=draw, device=device) * SIZE).bfloat16()
+
+
 def serve(pipe: Connection, arm: Arm, folder: str, log: str) -> None:
     """The child: answers until it is told to end."""
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
@@ -130,10 +140,12 @@ class Served:
         from vllm import LLM
 
         self.arm = arm
+        longest = json.loads((Path(folder) / "config.json").read_text())["max_position_embeddings"]
         self.llm = LLM(
-            model=folder, dtype="bfloat16", max_model_len=2304, max_num_seqs=max(CAPTURED), max_num_batched_tokens=8192,
-            gpu_memory_utilization=0.1, kv_cache_memory_bytes=int(arm.cache_gb * 1e9), enable_prefix_caching=False,
-            disable_log_stats=True, seed=0, compilation_config={"cudagraph_capture_sizes": list(CAPTURED)},
+            model=folder, dtype="bfloat16", max_model_len=min(LONGEST, longest), max_num_seqs=max(CAPTURED),
+            max_num_batched_tokens=8192, gpu_memory_utilization=0.1, kv_cache_memory_bytes=int(arm.cache_gb * 1e9),
+            enable_prefix_caching=False, disable_log_stats=True, seed=0,
+            compilation_config={"cudagraph_capture_sizes": list(CAPTURED)},
             worker_extension_cls="decode_worker.DecodeWorker", **arm.settings,
         )  # fmt: skip
         self.facts: dict[str, Any] = {"vocabulary": self.llm.get_tokenizer().vocab_size}

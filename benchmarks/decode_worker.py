@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from decode_engine import SIZE
+from decode_engine import random_slab
+from vllm.lora.lora_model import LoRAModel
 
-from weft.actors.lora import SlabLayout
-from weft.actors.sampler_extension import SamplerExtension, _Arrival
+from weft.actors.sampler_extension import SamplerExtension
 from weft.kernels.pack import scatter_slab
 
 KINDS = {  # the first whose word is in a kernel's name
@@ -20,28 +20,24 @@ KINDS = {  # the first whose word is in a kernel's name
 }
 
 
-def random_slab(layout: SlabLayout, number: int, device: torch.device | str) -> torch.Tensor:
-    """Adapter `number`'s weights: A and B alike N(0, SIZE), bf16."""
-    draw = torch.Generator(device=device).manual_seed(number)
-    return (torch.randn(layout.numel, generator=draw, device=device) * SIZE).bfloat16()
-
-
 class DecodeWorker(SamplerExtension):
     def decode_fill(self, lora_id: int, rank: int) -> None:
         modules = list(self.weft_shapes)
         form = self._new_form("bench", tuple(modules), rank)
         slot = self._claim(lora_id)
         assert slot is not None
-        scatter_slab(random_slab(form.layout, lora_id, self.device), form.places, slot, 1.0)  # type: ignore[attr-defined]
-        self.weft_live.append(_Arrival(lora_id, form, torch.bfloat16, 1.0, slot))
-        self._register()
+        slab = random_slab(form.layout.numel, lora_id, self.device)  # type: ignore[attr-defined]
+        assert not scatter_slab(slab, form.places, slot, 1.0).item()
+        self.weft_manager._registered_adapters[lora_id] = LoRAModel(lora_id, rank, {})
+        self.weft_manager._active_adapters[lora_id] = None
 
     def decode_wrapper(self) -> str:
         manager = getattr(self.model_runner, "lora_manager", None)  # type: ignore[attr-defined]
         if manager is None:
             return ""
         wrappers = manager._adapter_manager.punica_wrapper_mapping.values()
-        torch.cuda.synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the adapters are in their slots
         return ", ".join(type(one).__name__ for one in wrappers)
 
     def decode_profile_start(self) -> None:

@@ -236,8 +236,6 @@ def _expand(
 ):  # fmt: skip
     """y[tokens[i], O_p + o] += scale * (sum over c of sums[c, i, p R + j]) B_p[slot, o, j]. A program's items lie side by side,
     so that it adds up a tile's sums once for many columns."""
-    if CHAINED:
-        tl.extra.cuda.gdc_launch_dependents()
     ends_0 = tl.cdiv(width_0, BLOCK_O)
     ends_1 = ends_0 + tl.cdiv(width_1, BLOCK_O)
     blocks = ends_1 + tl.cdiv(width_2, BLOCK_O)
