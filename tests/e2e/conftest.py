@@ -46,6 +46,10 @@ class Run:
     def steps(self) -> list[dict[str, Any]]:
         return self._lines("metrics.jsonl")
 
+    def groups(self) -> list[dict[str, Any]]:
+        """What the samplers have made, in order."""
+        return [line for line in self._lines("events.jsonl") if line["event"] == "GroupSampled"]
+
     def pid(self, name: str) -> int:
         """The newest process of that name, such as sampler-0."""
         return [int(line["pid"]) for line in self._lines("processes.jsonl") if line["name"] == name][-1]
