@@ -280,6 +280,8 @@ async def experiments_too(config: Config, running: wiring.RunningPools, names: S
     for one in config.adapters:
         await running.samplers.drop(one.name)
         await running.trainers.drop(one.name)
+    for name in ("warm-up", *names):  # of an earlier run, which would be resumed
+        shutil.rmtree(Path(config.run.dir) / name, ignore_errors=True)
     policies: dict[str, Any] = {}
 
     def tell(policy: experiments.Policy) -> None:
