@@ -175,6 +175,7 @@ def test_no_engine_is_asked_for_more_places_than_it_has_and_everyone_has_a_home_
                 served = affinity.targets(name)
                 assert set(affinity.homes(name)) - dead <= set(served)
                 for sampler in affinity.leaving(name):
+                    assert (name, sampler) not in {(seat.name, seat.sampler) for seat in seats}, "it still has rollouts there"
                     affinity.vacate(name, sampler)
             case "die" if not dead and samplers > 1:
                 dead.add(chance.randrange(samplers))
