@@ -256,7 +256,6 @@ class Sampler:
         adapter = self._adapters.get(message.ref.name)
         if adapter is None:
             raise InstallError(f"sampler {self._index} has no adapter {message.ref.name!r}")
-        started = time.monotonic()
 
         async def ask(environment: Environment) -> tuple[Prompt, list[int]]:
             prompt = environment.prompt(message.prompt_index, message.held_out)
@@ -282,7 +281,7 @@ class Sampler:
         samples = tuple(episode.result() for episode in episodes)
         oldest = min(int(sample.versions[sample.versions >= 0].min()) for sample in samples)
         ref = AdapterRef(message.ref.name, message.ref.lineage, oldest)
-        return Group(ref, message.prompt_index, samples, time.monotonic() - started, self._index)
+        return Group(ref, message.prompt_index, samples, self._index)
 
     async def _episode(
         self, adapter: _Adapter, message: Rollout, prompt: Prompt, tokens: Sequence[int], lease: Lease, sample: int

@@ -163,13 +163,13 @@ class Trainer:
         if present is not None and present.ref.lineage == message.lineage:
             if present.config != config:
                 raise ValueError(f"adapter {config.name!r} is here with other settings: drop it, or give it a new lineage")
-            return messages.AdapterAdded(num_parameters=present.layout.numel)
+            return messages.AdapterAdded()
         with blamed_on(config.name, "making its weights"):
             layout, master = self._first_weights(config)
         self._drop(messages.DropAdapter(config.name))
         self._store.add(config.name, master)
         self._adapters[config.name] = Adapter(config, AdapterRef(config.name, message.lineage, 0), layout)
-        return messages.AdapterAdded(num_parameters=layout.numel)
+        return messages.AdapterAdded()
 
     def _first_weights(self, config: AdapterConfig) -> tuple[SlabLayout, Tensor]:
         """Its layout, and the masters of version 0: fp32 [D]. Raises ValueError for targets or a warm start that cannot be."""

@@ -51,7 +51,6 @@ class Group:
     ref: AdapterRef
     prompt_index: int
     samples: tuple[Sample, ...]
-    seconds: float = 0.0
     sampler: int = 0
 
 
@@ -120,10 +119,9 @@ class AddAdapter:
 
 @dataclass(frozen=True)
 class AdapterAdded:
-    """num_prompts: training prompts of its environment, None if endless (samplers). num_parameters: its weights (trainers)."""
+    """num_prompts: training prompts of its environment, None if endless (samplers)."""
 
     num_prompts: int | None = None
-    num_parameters: int = 0
 
 
 @dataclass(frozen=True)

@@ -297,7 +297,7 @@ def test_sampled_logprobs_equal_transformers_and_peft_for_adapters_of_any_rank_a
         return [task.result() for task in work]
 
     for group in bench.run(law()):
-        assert group.sampler == 3 and group.seconds > 0 and len(group.samples) == 3
+        assert group.sampler == 3 and len(group.samples) == 3
         bench.check(group)
 
 

@@ -50,8 +50,7 @@ def test_adding_again_changes_nothing_and_a_new_lineage_starts_over(make: Make, 
     fresh = bench.state("one")
     bench.step(batch("one"))
     kept = bench.state("one")
-    added = bench.ask(messages.AddAdapter(to_mapping(ONE)))
-    assert added.num_parameters == kept.shape[1]
+    bench.ask(messages.AddAdapter(to_mapping(ONE)))
     assert torch.equal(bench.state("one"), kept)
     with pytest.raises(ValueError, match="here with other settings"):
         bench.ask(messages.AddAdapter(to_mapping(replace(ONE, num_steps=7))))
