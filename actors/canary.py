@@ -7,8 +7,9 @@ adapter that is left out, applied twice or mixed up is caught before a rollout n
 from __future__ import annotations
 
 CANARY_LENGTH = 24  # the first token conditions, 23 are scored: enough that weights of two versions differ in the sum
-# Between trainer and engine, by the weights' type: nats a scored token, and a share of what the adapter adds. bfloat16 rounds
-# what an adapter adds in every layer: one that had moved the canary by 65 nats differed by 6.7 (Qwen3-4B shape, H200).
+# Between trainer and engine, by the weights' type: nats a scored token, and a share of what the adapter adds, which bfloat16
+# rounds in every layer. bfloat16's share is a guess: before slabs had checksums one install of 73 differed by 6.7 of 65 nats
+# (Qwen3-4B shape, H200), and whether rounding did it is open. That the bytes are the trainer's, checksum.py sees to.
 TOLERANCE = {"float32": (1e-3, 1e-3), "bfloat16": (5e-2, 0.15)}
 _MULTIPLIER = 0x9E3779B1  # Knuth's multiplicative hash (2^32 / golden ratio): spreads consecutive numbers over the vocabulary
 
