@@ -65,8 +65,8 @@ class ParamSyncPool:
         """Returns when every sampler that serves this adapter from now on has installed `ref`.
 
         Survives the death of the relay or of a sampler, and a place for slabs that is full for a moment; raises PeerDiedError
-        for the trainer's death alone, and InstallError,
-        RendezvousError or DeadlineError when it fails again and again though nothing has died.
+        for the trainer's death alone, and InstallError, RendezvousError or DeadlineError when it fails again and again though
+        nothing has died.
         """
         turn = self._turn(ref.name)
         async with turn:
@@ -79,6 +79,9 @@ class ParamSyncPool:
                     world = self._world()
                     there = {sampler: self._joined[sampler] for sampler in targets if sampler in self._joined}
                     try:
+                        for sampler in there:
+                            if self._held.get(ref.name, {}).get(sampler) not in (supersedes, ref):
+                                await self._retire(ref.name, sampler)
                         done = await self._distribute(handle, there, supersedes)
                     except WeftError:
                         attempt = 1 if world != self._world() else attempt + 1
@@ -124,6 +127,7 @@ class ParamSyncPool:
                     raise InstallError(f"no version of {name} has been published")
                 self._affinity.hold(name, sampler)
                 try:
+                    await self._retire(name, sampler)
                     await self._member.request(messages.Serve(sampler, name), 2 * self._deadline_s)
                 except WeftError as error:
                     failure = error
@@ -235,15 +239,20 @@ class ParamSyncPool:
     async def _withdraw(self, name: str) -> None:
         """Retire it where nobody asks for it any more. What cannot be retired now is so after the next publish."""
         for sampler in self._affinity.leaving(name):
-            ref = self._held.get(name, {}).get(sampler)
-            if ref is not None:
-                try:
-                    await self._member.request(messages.Withdraw(sampler, ref), self._deadline_s)
-                except WeftError as error:
-                    _log.warning("sampler %d keeps %s for now: %s", sampler, ref, error)
-                    continue
-                self._held.get(name, {}).pop(sampler, None)
-            self._affinity.vacate(name, sampler)
+            try:
+                await self._retire(name, sampler)
+            except WeftError as error:
+                _log.warning("sampler %d keeps what it has of %s for now: %s", sampler, name, error)
+            else:
+                self._affinity.vacate(name, sampler)
+
+    async def _retire(self, name: str, sampler: int) -> None:
+        """What this sampler has of the adapter is for no new rollout. Of what it had when it served the adapter an earlier time
+        nobody else would say so."""
+        ref = self._held.get(name, {}).get(sampler)
+        if ref is not None:
+            await self._member.request(messages.Withdraw(sampler, ref), self._deadline_s)
+            self._held.get(name, {}).pop(sampler, None)
 
     def _is_current(self, ref: AdapterRef) -> bool:
         return self._current.get(ref.name) == ref

@@ -67,7 +67,8 @@ class Sampler:
     def __init__(self, world: World) -> None:
         self.world = world
         self.told: list[str] = []
-        self.installed: dict[str, AdapterRef] = {}
+        self.installed: dict[str, AdapterRef] = {}  # the newest of each adapter
+        self.live: set[AdapterRef] = set()  # not retired
         self.hold = asyncio.Event()
         self.hold.set()
         self.rollouts = 0
@@ -89,8 +90,10 @@ class Sampler:
                 if message.ref.name in self.world.uninstallable:
                     raise InstallError("canary")
                 self.installed[message.ref.name] = message.ref
+                self.live.add(message.ref)
                 return messages.Done()
             case messages.Retire():
+                self.live.discard(message.ref)
                 if self.installed.get(message.ref.name) == message.ref:
                     del self.installed[message.ref.name]
                 return messages.Done()
@@ -171,6 +174,8 @@ class Relay:
                 self.world.take(message.handle.path)
                 for sampler in set(message.samplers) & set(self.endpoints):
                     await self._ask(sampler, messages.Install(message.handle.ref))
+                    if message.supersedes is not None:
+                        await self._ask(sampler, messages.Retire(message.supersedes))
                 self.newest[message.handle.ref.name] = message.handle
                 return messages.Distributed(0.0, 0.0, 0.0)
             case messages.JoinSampler():
@@ -361,6 +366,35 @@ def test_two_adapters_live_on_a_sampler_each_and_a_sync_goes_nowhere_else() -> N
                     assert (await pools.samplers.rollout(refs, index, 1)).ref == refs
                     after = [world.now(f"sampler-{number}").actor.rollouts for number in range(2)]
                     assert {number for number in range(2) if after[number] > before[number]} == wanted
+
+    asyncio.run(law())
+
+
+@pytest.mark.parametrize("by", ["rollout", "publish"])
+def test_a_sampler_that_serves_an_adapter_again_keeps_nothing_of_the_time_before(by: str) -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            old = await pools.add("a")
+            assert pools.having(old) == {0, 1}
+            await pools.add("b")
+            still = [pools.samplers.seat("a", 1) for _ in range(2)]  # its rollouts run on both when it leaves one of them
+            new = await pools.step(old)
+            await pools.sync.publish(new, old)
+            (home,) = pools.having(new)
+            left = world.now(f"sampler-{1 - home}").actor
+            assert old in left.live
+            for seat in still:
+                pools.samplers.leave(seat)
+            full = pools.samplers.seat("a", SEATS)
+            assert full.sampler == home
+            if by == "rollout":
+                await pools.samplers.rollout(new, 0, 1)
+            else:
+                guest = pools.samplers.seat("a", 1)
+                assert guest.sampler == 1 - home
+                before, new = new, await pools.step(new)
+                await pools.sync.publish(new, before)
+            assert {ref for ref in left.live if ref.name == "a"} == {new}
 
     asyncio.run(law())
 
