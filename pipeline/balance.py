@@ -42,7 +42,7 @@ class Balance:
         """Whether an adapter that would wait here should move. Once: the regret is gone with the question."""
         asks = self._regret.get(home, 0.0) >= PATIENCE * self._move_seconds
         if asks:
-            del self._regret[home]
+            self._regret.pop(home, None)
         return asks
 
     def note_move(self, seconds: float) -> None:

@@ -203,8 +203,8 @@ class StepScheduler:
         submitted, idle_before = self._clock(), self._balance.idle_seconds
         home = self._trainers.home(batch.ref.name)
         if home in self._launching and len(self._launching) < self._trainers.capacity and self._balance.asks_for_move(home):
-            await self._trainers.move(batch.ref, self._launching)
-            self._balance.note_move(self._clock() - submitted)
+            if await self._trainers.move(batch.ref, self._launching):  # one that was not made says nothing of what one costs
+                self._balance.note_move(self._clock() - submitted)
             home, idle_before = self._trainers.home(batch.ref.name), self._balance.idle_seconds
         submission = _Submission(batch, home, on_launch, submitted, idle_before)
         self._pending.append(submission)

@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from weft.pipeline.balance import PATIENCE
+from weft.pipeline.balance import FIRST_MOVE_S, PATIENCE
 from weft.pipeline.schedule import StepScheduler
 from weft.transport.messages import AdapterRef, StepResult, StepResults, TrainBatch
 
@@ -21,6 +21,7 @@ class Trainers:
         self.homes, self.capacity, self.seconds = dict(homes), capacity, seconds
         self.move_seconds, self.movable = move_seconds, movable
         self.moves, self.running, self.moving = [], set(), set()
+        self.asked = []  # when a move was asked for
 
     def home(self, name):
         return self.homes[name]
@@ -28,6 +29,7 @@ class Trainers:
     async def move(self, ref, busy):
         free = [home for home in range(self.capacity) if home not in busy]
         assert free, "asked for nothing"
+        self.asked.append(asyncio.get_running_loop().time())
         self.moving.add(ref.name)
         await asyncio.sleep(self.move_seconds)
         self.moving.discard(ref.name)
@@ -83,6 +85,14 @@ def test_equal_trainers_exchange_nothing_whatever_the_moment_brings(simulation):
         trainers = Trainers({"a": 0, "b": 1, "c": 0, "d": 1}, 2, dict.fromkeys("abcd", 1.0))
         steps_of(simulation, trainers, 1.0, 500.0, seed)
         assert len(trainers.moves) <= 2, trainers.moves
+
+
+def test_a_move_that_is_refused_at_once_makes_the_next_one_no_cheaper(simulation):
+    refusing = Trainers(dict.fromkeys("abcd", 0), 2, dict.fromkeys("abcd", 1.0), move_seconds=0.0, movable=False)
+    steps_of(simulation, refusing, 1.0, 300.0)
+    assert len(refusing.asked) > 3
+    gaps = np.diff(refusing.asked)
+    assert gaps.min() > PATIENCE * FIRST_MOVE_S / len(refusing.homes)
 
 
 def test_when_the_adapters_of_one_trainer_have_ended_those_of_the_other_come(simulation):
