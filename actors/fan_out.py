@@ -30,7 +30,7 @@ T = TypeVar("T")
 Slab = Callable[[], torch.Tensor]  # gives the bytes, uint8 [nbytes], on whatever thread it is called; again when called again
 ROUNDS = 3  # broadcasts of one slab that may fail before it has failed
 AHEAD = 16  # slabs announced and not yet broadcast: each takes a place in a sampler's queue
-MAX_GROUPS = 12  # kept for the sets of samplers seen last: adapters live on different ones
+MAX_GROUPS = 12  # kept for the sets of samplers seen last, and all that are in use: adapters live on different ones
 _log = logging.getLogger(__name__)
 
 
@@ -94,6 +94,7 @@ class _Group:
     peers: tuple[Peer, ...]
     link: BroadcastGroup
     announced: int = 0  # slabs
+    under_way: int = 0  # of these
 
 
 @dataclass
@@ -173,8 +174,13 @@ class FanOut:
         """Why each that refuses it does. Raises when a peer died or the broadcast failed: those that still wait are asked
         again, since the dead one may have been between the root and these."""
         async with self._ahead:
-            group = self._groups.get(tuple(peers)) or self._form(tuple(peers))
-            errors = await self._guarded(group, self._announce_and_broadcast(handle, slab, group, times))
+            group = self._groups.pop(tuple(peers), None) or self._form(tuple(peers))
+            self._groups[group.peers] = group  # the last is the one used last
+            group.under_way += 1
+            try:
+                errors = await self._guarded(group, self._announce_and_broadcast(handle, slab, group, times))
+            finally:
+                group.under_way -= 1
         if not errors:
             errors = await self._install(handle.ref, peers, times)
         if errors:
@@ -259,10 +265,10 @@ class FanOut:
         epoch = f"{self._run}-{self.epoch}"
         size, config = _workers(peers) + 1, self._config
         link = BroadcastGroup(self._store.address, epoch, 0, size, self.backend, config.deadline_s)
-        group = self._groups[peers] = _Group(epoch, peers, link)
-        while len(self._groups) > MAX_GROUPS:
-            self._end(next(iter(self._groups.values())))
-        return group
+        idle = [group for group in self._groups.values() if not group.under_way]
+        for group in idle[: max(len(self._groups) + 1 - MAX_GROUPS, 0)]:  # those in use end by themselves
+            self._end(group)
+        return _Group(epoch, peers, link)
 
     def _end(self, group: _Group) -> None:
         if self._groups.get(group.peers) is group:

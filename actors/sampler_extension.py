@@ -46,7 +46,7 @@ MAX_FORMS = 64  # layouts whose places are kept; an adapter has one
 MAX_TIMES = 64  # arrivals whose time is kept
 MAX_WAITING = 64  # slabs on their way over one group
 SWITCH_S = 5e-4  # Python's own 5e-3 is what a slab's thread would wait for each time while the engine schedules a step
-MAX_LINES = 16  # groups kept; a relay keeps fewer, and never comes back to an epoch that it has left
+MAX_LINES = 16  # groups kept; a relay keeps no more, and never comes back to an epoch that it has left
 
 
 def _end_with_parent() -> None:

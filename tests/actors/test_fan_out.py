@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -74,24 +75,50 @@ def nccl_that_never_forms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FanOut, "_placed", lambda self, slab: slab)
 
 
-def run(backend: str, law: Callable[[FanOut, Peer, PlainSampler], Awaitable[None]]) -> None:
+def run(backend: str, law: Callable[..., Awaitable[None]], samplers: int = 1) -> None:
+    """law: takes the FanOut, then a Peer of each sampler, then each PlainSampler."""
+
     async def bounded() -> None:
         async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
-            sampler = PlainSampler(tasks)
-            server = memory.Server(sampler.handle)
-            endpoint = await server.start()
-            serving = tasks.create_task(server.serve())
-            client = memory.Client(endpoint)
+            plain = [PlainSampler(tasks) for _ in range(samplers)]
+            servers = [memory.Server(sampler.handle) for sampler in plain]
+            endpoints = [await server.start() for server in servers]
+            serving = [tasks.create_task(server.serve()) for server in servers]
+            peers = [Peer(index, endpoint, memory.Client(endpoint)) for index, endpoint in enumerate(endpoints)]
             fan = FanOut(SyncConfig(backend=backend, deadline_s=20.0), "127.0.0.1")
             try:
-                await law(fan, Peer(0, endpoint, client), sampler)
+                await law(fan, *peers, *plain)
             finally:
                 fan.dissolve()
-                await client.aclose()
-                await server.aclose()
-                serving.cancel()
+                for peer, server, task in zip(peers, servers, serving, strict=True):
+                    await peer.client.aclose()
+                    await server.aclose()
+                    task.cancel()
 
     asyncio.run(bounded())
+
+
+def test_a_group_that_has_a_slab_under_way_makes_way_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def law(fan: FanOut, one: Peer, other: Peer, first: PlainSampler, second: PlainSampler) -> None:
+        asked, may_go = threading.Event(), threading.Event()
+
+        def slab() -> torch.Tensor:
+            asked.set()
+            assert may_go.wait(20)
+            return SLAB
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(fan.send(HANDLE, slab, [one]))
+            await asyncio.to_thread(asked.wait, 20)
+            sending = tasks.create_task(fan.send(HANDLE, lambda: SLAB, [other]))
+            while not second.backends:  # noqa: ASYNC110  until its group is formed, of which the relay tells nobody
+                await asyncio.sleep(0)
+            may_go.set()
+            await sending
+        assert (first.backends, second.backends, fan.epoch) == (["gloo"], ["gloo"], 2)
+
+    monkeypatch.setattr(fan_out, "MAX_GROUPS", 1)
+    run("gloo", law, samplers=2)
 
 
 @pytest.mark.usefixtures("nccl_that_never_forms")
