@@ -115,9 +115,9 @@ class Member:
             raise
 
     def condemn(self, why: str = "") -> None:
-        """Take no more requests, and end the process: it lives, and is of no use any more."""
+        """Take no more requests, and end the process: it lives, and is of no use any more. The first reason is the reason."""
         self._ready.clear()
-        self._trouble = why
+        self._trouble = self._trouble or why
         self._condemned.set()
 
     async def keep(self, prepare: Callable[[], Awaitable[None]], lost: Callable[[], Awaitable[None]]) -> None:

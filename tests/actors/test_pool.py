@@ -999,6 +999,24 @@ def test_a_broken_connection_counts_as_a_death_before_the_death_is_known() -> No
     asyncio.run(law())
 
 
+def test_a_process_that_is_ended_for_a_reason_died_of_it_whatever_its_requests_say_then() -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            ref, member = await pools.add("a"), pools.sampler_members[0]
+            for index in range(2):
+                world.now(f"sampler-{index}").actor.hold.clear()
+            async with asyncio.TaskGroup() as tasks:
+                rollouts = [tasks.create_task(died(pools.samplers.rollout(ref, 0, 1))) for _ in range(2)]
+                await world.until(lambda: all(world.now(f"sampler-{index}").actor.rollouts for index in range(2)))
+                member.condemn("it did not drop b")
+                await world.until(lambda: member.deaths == 1)
+                world.now("sampler-1").actor.hold.set()
+            assert sorted(task.result() for task in rollouts) == [False, True]
+            assert "it did not drop b" in member.last_death
+
+    asyncio.run(law())
+
+
 def test_a_death_ends_the_requests_of_a_connection_that_looks_whole() -> None:
     async def law() -> None:
         async with running() as (pools, world):
