@@ -354,6 +354,8 @@ class Trainer:
                     raise ValueError(f"checkpoint {message.folder}: {key}={identity.get(key)!r} there, {own!r} here")
             with self._store.hold([adapter.name]) as (slabs,):
                 slabs.replace_state(state)
+                if self._device.type == "cuda":  # what trains next is on another stream
+                    torch.cuda.current_stream(self._device).synchronize()
             adapter.ref, adapter.fault, adapter.canary = message.ref, "", None
         return messages.Done()
 
