@@ -72,7 +72,7 @@ _Home = tuple[_Life, ...]  # the trainers of one adapter: all of them have all o
 
 
 class TrainerPool:
-    """Weights, gradients and moments of every adapter; each adapter lives in one trainer, or in several that were empty then."""
+    """Weights, gradients, moments of every adapter. Each lives in one trainer, or in several that were empty when it came."""
 
     def __init__(
         self,
