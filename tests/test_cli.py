@@ -83,7 +83,7 @@ def refused(output: Output, *arguments: str) -> str:
         (["run.dir=/proc/weft/out"], "run.dir='/proc/weft/out': must be a folder that can be written: "),
         (["template.sampling.max_tokens=4096"], "sampling.max_tokens=4096: must be at most "),
         (["template.lora.warm_start=absent"], "lora.warm_start='absent': "),
-        (["cluster.gpus_per_trainer=99"], f"ask for 99 GPUs: must be at most the {torch.cuda.device_count()} that are there"),
+        (["cluster.gpus_per_sampler=99"], f"ask for 99 GPUs: must be at most the {torch.cuda.device_count()} that are there"),
         (["--verbose"], "--verbose: there is no such option (there are: --help, --cfg, --config-dir DIR)"),
         (["--config-dir", "absent"], "must be a folder that is there"),
         (["--config-dir"], "--config-dir: must be followed by a folder"),

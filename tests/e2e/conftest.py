@@ -111,8 +111,10 @@ def weft(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 
 
 def _take_terminal() -> None:
-    """Make standard input the terminal that controls this session."""
+    """Make standard input the terminal that controls this session, and heed it: tests in the background may be deaf to it."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    for heeded in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(heeded, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="module")

@@ -49,27 +49,6 @@ def test_a_run_outlives_the_death_of_its_sampler_relay_and_trainer(weft: Any, ad
     assert deaths == {"sampler-0": 1, "param-sync": 1, "trainer-0": 1}
 
 
-def test_with_two_samplers_and_two_trainers_a_death_of_each_moves_or_rolls_back_its_own_adapters_alone(
-    weft: Any, adapters: str, tmp_path: Path
-) -> None:
-    several = ("cluster.samplers=2", "cluster.trainers=2", "cluster.sampler.kv_cache_gib=0.5", "cluster.start_deadline_s=400")
-    run = weft(tmp_path / "run", adapters, *OVERRIDES, "every.num_steps=12", *several)
-    run.wait_until(lambda: _steps_of(run) >= 6, "the first steps")
-    homes = {group["adapter"]: group["sampler"] for group in run.groups()}
-    assert set(homes.values()) == {0, 1}, "both samplers have adapters of their own"
-    run.kill("sampler-0")
-    after = _steps_of(run)
-    run.wait_until(lambda: _steps_of(run) >= after + 6, "steps with one sampler, or both again")
-    run.kill("trainer-1")
-    assert run.wait() == 0, run.output()[-4000:]
-    summary = run.summary()
-    assert {adapter["version"] for adapter in summary["adapters"].values()} == {12}
-    assert summary["staleness_violations"] == 0
-    assert max(step["logprob_diff"] for step in run.steps() if "logprob_diff" in step) < 1e-3
-    rolled_back = {name for name, adapter in summary["adapters"].items() if adapter["rollbacks"]}
-    assert len(rolled_back) <= 2, "those of the other trainer go on"
-
-
 def test_a_killed_driver_goes_on_from_its_checkpoints_and_leaves_no_process(weft: Any, adapters: str, tmp_path: Path) -> None:
     run = weft(tmp_path / "run", adapters, *OVERRIDES)
     run.wait_until(lambda: all(_steps_of(run, name) >= 3 for name in NAMES), "three steps of each")
