@@ -50,16 +50,22 @@ MAX_LINES = 16  # groups kept; a relay keeps no more, and never comes back to an
 
 
 def _end_with_parent() -> None:
-    """Kill this process when its parent dies, however it dies: an engine without its sampler serves nobody and holds memory.
+    """Kill this process when its sampler dies, however it dies: an engine without it serves nobody and holds memory.
 
-    vLLM sees to it only when the parent exits in order. The sentinel is the end of a pipe that the parent holds open.
+    vLLM sees to it only when the parent exits in order. The sentinel is the end of a pipe that the parent holds open. Where a
+    model is split, the parent is the engine's own process, the sampler's child, which loads nothing of ours: it is ended too.
     """
     parent = multiprocessing.parent_process()
     if parent is None:
         return
+    ends: list[Any] = [parent.sentinel]
+    if parent.name != "MainProcess":
+        sampler = int(Path(f"/proc/{parent.pid}/stat").read_text().rpartition(")")[2].split()[1])
+        ends.append(os.pidfd_open(sampler))
 
     def watch() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
+        if parent.sentinel not in multiprocessing.connection.wait(ends):
+            os.kill(parent.pid, signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="weft-parent", daemon=True).start()

@@ -749,7 +749,7 @@ ALONE = """
 
     async def main():
         config = SamplerConfig(max_num_seqs=4, max_model_len=128, kv_cache_gib=0.1)
-        sampler = Sampler(sys.argv[1], "float32", config, 0, "cpu", 8, 2)
+        sampler = Sampler(sys.argv[1], "float32", config, 0, "cpu", 8, 2, tensor_parallel=int(sys.argv[2]))
         await sampler.start()
         print("engine", (await sampler.handle(GetStatistics())).engine_pid, flush=True)
         try:
@@ -765,17 +765,17 @@ ALONE = """
 
 
 @pytest.fixture
-def lone(folder: Path, tmp_path: Path) -> Iterator[Callable[[], tuple[subprocess.Popen[str], psutil.Process]]]:
-    """Starts a sampler in a process of its own; gives it and its engine's process."""
+def lone(folder: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str], psutil.Process]]]:
+    """Starts a sampler of so many workers in a process of its own; gives it and its (first) worker's process."""
     script = tmp_path / "alone.py"
     script.write_text(textwrap.dedent(ALONE))
     started: list[subprocess.Popen[str]] = []
 
-    def start() -> tuple[subprocess.Popen[str], psutil.Process]:
+    def start(workers: int = 1) -> tuple[subprocess.Popen[str], psutil.Process]:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        started.append(
-            subprocess.Popen([sys.executable, str(script), str(folder)], env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
-        )
+        few = {"OMP_NUM_THREADS": "1"} | ({"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if workers > 1 else {})
+        command = [sys.executable, str(script), str(folder), str(workers)]
+        started.append(subprocess.Popen(command, env=os.environ | few, **pipes))
         lines = started[0].stdout
         assert lines is not None
         pid = next(int(line.split()[1]) for line in lines if line.startswith("engine "))  # vLLM writes there too
@@ -787,8 +787,11 @@ def lone(folder: Path, tmp_path: Path) -> Iterator[Callable[[], tuple[subprocess
         process.communicate()
 
 
-def test_a_sampler_killed_leaves_no_process_behind(lone: Callable[[], tuple[subprocess.Popen[str], psutil.Process]]) -> None:
-    sampler, engine = lone()
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_sampler_killed_leaves_no_process_behind(
+    lone: Callable[..., tuple[subprocess.Popen[str], psutil.Process]], workers: int
+) -> None:
+    sampler, engine = lone(workers)
     family = psutil.Process(sampler.pid).children(recursive=True)
     assert engine in family
     sampler.send_signal(signal.SIGKILL)
@@ -796,7 +799,7 @@ def test_a_sampler_killed_leaves_no_process_behind(lone: Callable[[], tuple[subp
     assert psutil.wait_procs(family, timeout=10)[1] == []
 
 
-def test_a_dead_engine_is_fatal_to_its_sampler(lone: Callable[[], tuple[subprocess.Popen[str], psutil.Process]]) -> None:
+def test_a_dead_engine_is_fatal_to_its_sampler(lone: Callable[..., tuple[subprocess.Popen[str], psutil.Process]]) -> None:
     sampler, engine = lone()
     engine.kill()
     psutil.wait_procs([engine], timeout=10)
