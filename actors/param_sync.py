@@ -125,7 +125,7 @@ class ParamSync:
         async with lock:
             taking, told = _Taking(handle, self._taker), replace(handle, host="", path="", on_device=False, data=None)
             # One that has left, or never came, is not waited for: what it misses it gets when it joins.
-            peers = [self._peers[sampler] for sampler in message.samplers if sampler in self._peers]
+            peers = [self._peers[sampler] for sampler in sorted(message.samplers) if sampler in self._peers]
             times = await self._fan().send(told, taking, peers)
             held = _Held(told, taking.slab if taking.slab is not None else await asyncio.to_thread(taking))
             self._fan().home = self._taker.home or self._fan().home

@@ -190,7 +190,7 @@ class Marks:
         free = [lane for lane, last in enumerate(ends) if last <= start + 1]
         lane = max(free, key=ends.__getitem__, default=len(ends))
         start = max(start, *ends[lane : lane + 1], self._shift)
-        ends[lane : lane + 1] = [end]
+        ends[lane : lane + 1] = [max(start, end)]
         return lane, start
 
 
@@ -255,7 +255,7 @@ class Trace:
             row = self._rows[key]
         record = {"ph": mark.kind, "pid": process, "tid": row, "ts": mark.start, "name": mark.name}
         if mark.kind == "X":
-            record["dur"] = mark.end - mark.start
+            record["dur"] = max(mark.end - mark.start, 0)
         elif mark.kind == "i":
             record["s"] = "t"
         yield record | {"args": mark.args}
