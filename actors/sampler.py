@@ -232,7 +232,7 @@ class Sampler:
         """Refuse a version under which the engine does not give the canary tokens the trainer's log-probability."""
         tokens = canary_tokens(self._engine.vocab_size)
         found = await self._engine.score(tokens, version)
-        allowed = canary_allowance(self._dtype, handle.canary_logprob, handle.base_logprob)
+        allowed = canary_allowance(self._dtype)
         if abs(found - handle.canary_logprob) <= allowed:
             return
         why = "it is not the adapter that the trainer published"
