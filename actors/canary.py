@@ -21,6 +21,6 @@ def canary_tokens(vocab_size: int) -> tuple[int, ...]:
 
 
 def canary_allowance(dtype: str) -> float:
-    """How far an engine's canary may be from the trainer's, in nats. It is the same for an adapter that does much: one install of
-    73 on a Qwen3-4B shape differed by 6.7 of 65 nats, and until that is explained it is refused, not allowed for."""
+    """How far an engine's canary may be from the trainer's, in nats. The same for an adapter that does much: one install of 73
+    on a Qwen3-4B shape differed by 6.7 of 65 nats, and until that is explained it is refused, not allowed for."""
     return TOLERANCE[dtype] * (CANARY_LENGTH - 1)
