@@ -75,7 +75,8 @@ async def _learn(device: torch.device, steps: int, precision: str) -> list[dict[
             results = (await trainer.handle(messages.TrainStep(tuple(batches)))).results
             for player, result in zip(players, results, strict=True):
                 assert not result.fault, result.fault
-                player.logprob_diff.append(round(result.metrics["logprob_diff"], 5))
+                difference = result.metrics.get("logprob_diff")  # none of a step whose groups all paid alike: nothing trains
+                player.logprob_diff.append(None if difference is None else round(difference, 5))
         await trainer.aclose()
     return [{"base": precision, "adapter": p.config.name, "reward": p.rewards, "logprob_diff": p.logprob_diff} for p in players]
 
@@ -96,7 +97,7 @@ class Player:
     config: AdapterConfig
     device: torch.device
     rewards: list[float] = field(default_factory=list)
-    logprob_diff: list[float] = field(default_factory=list)
+    logprob_diff: list[float | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.environment = load_environment(self.config.environment.target, self.config.environment.settings)
