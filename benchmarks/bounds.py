@@ -1,4 +1,6 @@
-"""What the pools of a benchmark could reach at most: the bound X of the pools' model, beside what a policy reached.
+"""What the policies of experiments.py are compared with: each other, and what their pools could reach at most.
+
+The bound X of the pools' model, beside what a policy reached:
 
 N adapters with staleness s; R(n) = a + b n the rollout time of a step with n adapters sampling at once, D the trainer's time
 for a step of one adapter, Y its sync:
@@ -10,6 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+from policies import RULES
+
+BASELINE = "serial"
+TIMES = ("first_experiment_time", "mean_experiment_time", "final_experiment_time")
 
 
 def bounds(policies: Mapping[str, Mapping[str, Any]], adapters: int, staleness: Mapping[str, int]) -> dict[str, Any]:
@@ -35,3 +42,29 @@ def bounds(policies: Mapping[str, Mapping[str, Any]], adapters: int, staleness: 
             "bound": terms[limit], "by": limit, "reached": reached, "share": reached / terms[limit],
         }  # fmt: skip
     return found
+
+
+def versus(policies: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """How many times sooner each policy is than the first that does one adapter after the other, for each experiment time; the
+    first alone where it did fewer experiments."""
+    baseline = next((policy for policy in policies if RULES[policy].one_by_one and not RULES[policy].time_shared), None)
+    if baseline is None:
+        return {}
+    own, found = policies[baseline], {}
+    for policy, measured in policies.items():
+        names = TIMES if measured["experiments"] == own["experiments"] else TIMES[:1]
+        found[policy] = {"baseline": baseline, **{name: own[name] / measured[name] for name in names}}
+    found.pop(baseline)
+    return found
+
+
+def ratios(policies: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """How many times sooner together is than the baseline, for each of the three experiment times."""
+    return {
+        name: {
+            "baseline": BASELINE,
+            "formula": "serial / together",
+            "value": policies["serial"][name] / policies["together"][name],
+        }
+        for name in TIMES
+    }

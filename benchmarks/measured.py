@@ -1,10 +1,12 @@
 """The actors of param_sync.py: weft's own, which note when things happen (time.monotonic, one clock for all of a machine).
 
-Each takes Save as "write your notes into this folder". The sampler takes Load as "have vLLM load this PEFT folder by itself".
+Each takes Save as "write your notes into this folder". The sampler takes Load as "have vLLM load this PEFT folder by itself",
+the trainer takes one of nobody's as "hold so many adapters on the device".
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
@@ -61,6 +63,8 @@ class MeasuredTrainer(Trainer):
         match message:
             case Save(ref, folder) if not ref.name:
                 return self._noting.write(folder, "trainer")
+            case Load(ref, adapters) if not ref.name:
+                return await asyncio.get_running_loop().run_in_executor(self._state, self._hold_on_device, int(adapters))
             case Publish(ref):
                 self._noting.note(ref, "publish_began")
                 handle = await super().handle(message)
@@ -72,6 +76,16 @@ class MeasuredTrainer(Trainer):
                     self._noting.note(result.ref, "stepped")
                 return results
         return await super().handle(message)
+
+    def _hold_on_device(self, adapters: int) -> Saved:
+        """0: none now, and one when it trains. Says the bytes that have moved since the start."""
+        store = self._store
+        with store._moving:
+            store.device_capacity = adapters
+            store._trim_device()
+            store.device_capacity = max(adapters, 1)
+        moved = store.statistics()
+        return Saved({"bytes_up": str(moved.bytes_up), "bytes_down": str(moved.bytes_down)})
 
 
 class MeasuredParamSync(ParamSync):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import importlib.util
 import json
@@ -55,7 +56,7 @@ async def both(benchmark, simulation, config, names=("serial", "together")):
     world = simulation.World(random.Random(0), capacity=64, train_seconds=1.0, spread=False)
     samplers, trainers = simulation.SimulatedSamplers(world), simulation.SimulatedTrainers(world)
     pools = Pools(samplers, trainers, simulation.SimulatedSync(world, samplers, trainers))
-    return await benchmark.run_both(config, pools, names)
+    return await benchmark.run_both(config, pools, names, clock=asyncio.get_running_loop().time)
 
 
 def pool(busy_seconds: float, load: float = 0.5) -> PoolStatistics:
