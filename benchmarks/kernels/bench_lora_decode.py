@@ -59,7 +59,7 @@ class Layers:
         """how: "base", "chained", "plain", or "side" (shrink beside the base product)."""
         places = (self.work.table, self.work.max_tokens)
         for base, a, b in zip(self.base, self.a, self.b, strict=True):
-            chosen = own or kernels.settings(len(self.x), RANK)
+            chosen = own or kernels.settings(len(self.x), RANK, self.inputs)
             if how == "side":
                 main = torch.cuda.current_stream()
                 self.side.wait_stream(main)
@@ -103,39 +103,36 @@ def timed(run: Callable[[], None], layers: int, times: int = 15) -> float:
     return statistics.median(took)
 
 
-def candidates(tokens: int) -> Iterator[tuple[str, Settings]]:
+def candidates(tokens: int, inputs: int) -> Iterator[tuple[str, Settings]]:
     """What --tune tries: one side at a time."""
-    usual = kernels.settings(tokens, RANK)
+    usual = kernels.settings(tokens, RANK, inputs)
     yield "usual", usual
     if tokens <= 512:
         forms = [
-            (256, 256, 4, 1, 264), (256, 256, 4, 1, 528), (128, 512, 4, 3, 264), (128, 512, 4, 3, 528), (128, 512, 4, 4, 396),
-            (128, 1024, 4, 4, 264), (128, 1024, 4, 4, 396), (64, 512, 4, 4, 528), (128, 256, 4, 2, 528),
+            (256, 256, 4, 1, 1056), (256, 256, 4, 1, 2112), (128, 512, 4, 3, 1056), (128, 512, 4, 3, 1584),
+            (128, 512, 4, 4, 1056), (128, 1024, 4, 4, 1056), (128, 1024, 4, 4, 792),
         ]  # fmt: skip
-        spans = [
-            (128, 396, 4, 3), (128, 660, 4, 3), (128, 528, 4, 4), (128, 792, 4, 2), (256, 264, 4, 3), (256, 396, 4, 2),
-            (256, 264, 8, 3), (64, 792, 4, 4), (128, 264, 4, 5),
-        ]  # fmt: skip
+        spans = [(256, 396, 4, 2), (256, 528, 4, 2), (256, 264, 8, 3), (256, 396, 8, 2), (128, 528, 4, 3)]
+        heights = [0, 1]
     else:
         forms = [
-            (64, 1280, 4, 3, 528),
-            (64, 640, 4, 4, 528),
-            (128, 1280, 8, 3, 264),
-            (128, 1280, 8, 2, 264),
-            (64, 2560, 4, 4, 528),
-        ]
+            (64, 1280, 4, 3, 528), (64, 640, 4, 4, 528), (128, 1280, 8, 3, 264), (128, 1280, 8, 2, 264), (64, 2560, 4, 4, 528),
+        ]  # fmt: skip
         spans = [(128, 396, 4, 3), (64, 528, 4, 4), (128, 264, 8, 3), (128, 132, 8, 4), (128, 264, 4, 4), (256, 132, 8, 3)]
+        heights = [2]
     for depth, chunk, warps, stages, programs in forms:
         own = usual._replace(depth=depth, chunk=chunk, shrink_warps=warps, shrink_stages=stages, shrink_programs=programs)
         yield f"shrink {depth} {chunk} {warps} {stages} {programs}", own
     for columns, programs, warps, stages in spans:
         own = usual._replace(columns=columns, expand_programs=programs, expand_warps=warps, expand_stages=stages)
         yield f"expand {columns} {programs} {warps} {stages}", own
+    for height in heights:
+        yield f"height {height}", usual._replace(height=height)
 
 
 def compile_all(tokens: list[int], share: int, of: int) -> None:
     """Run this process' share of the candidates once, on a linear without tokens."""
-    every = [(name, count, own) for count in tokens for name in LINEARS for _, own in candidates(count)]
+    every = [(name, count, own) for count in tokens for name in LINEARS for _, own in candidates(count, LINEARS[name][0])]
     held: dict[str, Layers] = {}
     for name, count, own in sorted(set(every))[share::of]:
         layers = held.setdefault(name, Layers(name, 1, 1))
@@ -155,7 +152,7 @@ def measure(layers: Layers, cases: list[tuple[int, int]], tune: bool) -> None:
         base = timed(lambda: layers.step(None, "base"), layers.layers)
         line = f"{layers.name:8} {tokens:5}x{adapters:<3} base {base:7.2f} floor {layers.floor * 1e6:6.2f} |"
         if tune:
-            found = [(cost(own, "chained"), label) for label, own in candidates(tokens)]
+            found = [(cost(own, "chained"), label) for label, own in candidates(tokens, layers.inputs)]
             print(line, " ; ".join(f"{label} +{took:.2f}" for took, label in [found[0], *sorted(found[1:])]), flush=True)
         else:
             print(line, " | ".join(f"{how} +{cost(None, how):6.2f}" for how in ("chained", "plain", "side")), flush=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-HEIGHTS = (16, 64)  # tokens of a tile: the kernels choose by the tokens of a step
+HEIGHTS = (16, 32, 64)  # tokens of a tile: the kernels choose by the tokens of a step
 RECORD = 4  # slot, start, stop, rank
 RANK_STEP = 8  # ranks are rounded up to it: rows that are zero in the buffers, and loads of 16 bytes
 
