@@ -1,7 +1,7 @@
 """Decoding with many adapters: vLLM with its own LoRA kernels, with weft's, and without LoRA, in turns on one card.
 
     python benchmarks/decode.py                  one GPU, Qwen3-4B shape, r = 32  -> benchmarks/results/decode-<GPU>.json
-    python benchmarks/decode.py --parts ranks    r = 8, 16; `wide`: 64, mixed; `many`: 256 slots; --keep what is there already
+    python benchmarks/decode.py --parts ranks    r = 8, 16, 64, mixed; `many`: 256 slots; --keep what is there already
     python benchmarks/decode.py --smoke          the kernels' gate on this CPU, and a result of its form
 
 Every contender is an engine in a process of its own (decode_engine.py); all of a part start together and stay; the rounds go
@@ -19,7 +19,7 @@ import random
 import shlex
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from record import RESULTS, commit, hardware, spread, versions, write_result
 BASE = Arm("no LoRA")
 ZIPF = 1.1  # exponent
 SMALL_CACHE = 7.4  # GB: 256 sequences of 192 tokens
+LEAST_CACHE = 5.0  # GB: 256 sequences of 128 tokens
+TINY_CACHE = 1.0  # GB, for the base that ships
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,13 @@ MAIN_ROWS = (
 
 
 def of_ranks(*several: tuple[str, tuple[int, ...]]) -> tuple[tuple[Arm, ...], tuple[Row, ...]]:
-    """Both kernels at each of these ranks, eight adapters; as many engines as the card has memory for."""
-    arms, rows = [Arm(BASE.name, cache_gb=SMALL_CACHE)], []
+    """Both kernels at each of these ranks, eight adapters; without the base alone, for which the card has no room."""
+    arms, rows = [], []
     for name, ranks in several:
-        theirs = Arm(f"vllm, {name}", 8, ranks, counts=True, dual=True, cache_gb=SMALL_CACHE)
-        ours = Arm(f"weft, {name}", 8, ranks, ours=True, cache_gb=SMALL_CACHE)
+        theirs = Arm(f"vllm, {name}", 8, ranks, counts=True, dual=True, cache_gb=LEAST_CACHE)
+        ours = Arm(f"weft, {name}", 8, ranks, ours=True, cache_gb=LEAST_CACHE)
         arms += [theirs, ours]
-        rows += [Row(8, batch, (theirs.name, ours.name), 64) for batch in (64, 256)]
+        rows += [Row(8, batch, (theirs.name, ours.name), 64, prompt=64) for batch in (64, 256)]
     return tuple(arms), tuple(rows)
 
 
@@ -87,21 +89,20 @@ MANY_ROWS = (
 PARTS = {
     "main": (MAIN, MAIN_ROWS),
     "many": (MANY, MANY_ROWS),
-    "ranks": of_ranks(("r=8", (8,)), ("r=16", (16,))),
-    "wide": of_ranks(("r=64", (64,)), ("r=8 to 64", (8, 16, 32, 64))),
+    "ranks": of_ranks(("r=8", (8,)), ("r=16", (16,)), ("r=64", (64,)), ("r=8 to 64", (8, 16, 32, 64))),
 }
 
 
 def measure(part: str, engines: dict[str, Engine], rounds: int, shortest: int) -> list[dict[str, Any]]:
     """Rows of a part; the base alone once a batch and length, for it knows no adapters."""
-    arms, rows = PARTS[part]
-    base, found = engines[arms[0].name], []
+    rows, found = PARTS[part][1], []
     cases: dict[tuple[int, int, int], list[Row]] = {}
     for row in rows:
         cases.setdefault((row.batch, row.generated, row.prompt), []).append(row)
     for (batch, generated, prompt), together in cases.items():
         alone = Row(1, batch, (), generated, prompt=prompt)
-        turns = [(base, alone)] + [(engines[name], row) for row in together for name in row.arms if name in engines]
+        turns = [(engines[BASE.name], alone)] if BASE.name in engines else []
+        turns += [(engines[name], row) for row in together for name in row.arms if name in engines]
         took: list[list[float]] = [[] for _ in turns]
         for turn in range(-1, max(rounds, shortest // generated)):
             for (engine, row), times in zip(turns, took, strict=True):
@@ -134,7 +135,8 @@ def shape(part: str, turns: list[tuple[Engine, Row]], took: list[list[float]]) -
         found.append(one)
     for (_, row), one in zip(turns, found, strict=True):
         if one["adapters"]:
-            one["retention"] = round(found[0]["median_s"] / one["median_s"], 3)
+            if not found[0]["adapters"]:
+                one["retention"] = round(found[0]["median_s"] / one["median_s"], 3)
             same = [
                 other
                 for (_, its), other in zip(turns, found, strict=True)
@@ -172,7 +174,7 @@ def run_part(part: str, folder: str, options: argparse.Namespace) -> dict[str, A
     try:
         for arm in arms:
             if not options.arms or arm.name in options.arms.split(";"):
-                engines[arm.name] = Engine(arm, folder, options.logs)
+                engines[arm.name] = Engine(replace(arm, cache_gb=TINY_CACHE) if options.tiny else arm, folder, options.logs)
         for name in [*engines]:
             try:
                 engines[name].ready()
@@ -194,7 +196,7 @@ def run_part(part: str, folder: str, options: argparse.Namespace) -> dict[str, A
             result["gate"] |= check_greedy(ours[0], theirs[-1], adapters, 64)
         print(result["gate"], flush=True)
         result["engines"] = {name: engine.facts for name, engine in engines.items()}
-        wanted = BASE.name in engines and not options.tiny
+        wanted = not options.tiny and (BASE.name in engines or BASE.name not in [arm.name for arm in arms])
         result["rows"] = measure(part, engines, options.rounds, options.shortest) if wanted else []
         result["rows"] += [{"part": part, "contender": name, "fault": fault} for name, fault in faults.items()]
         if options.profile and wanted and part == "main":
