@@ -51,7 +51,7 @@ def test_an_engine_that_did_not_start_leaves_the_others_their_rows() -> None:
 def test_every_row_names_contenders_of_its_part_that_can_serve_it(part: str) -> None:
     arms, rows = decode.PARTS[part]
     by_name = {arm.name: arm for arm in arms}
-    assert arms[0].slots == 0 and len(by_name) == len(arms)
+    assert len(by_name) == len(arms) and (arms[0].slots == 0 or part == "ranks")  # nothing is retained without the base alone
     for row in rows:
         assert row.batch in CAPTURED
         assert all(by_name[name].slots >= min(row.adapters, row.batch) for name in row.arms)
