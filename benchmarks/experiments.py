@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import forced
 from bounds import TIMES, bounds, ratios, versus
-from policies import RULES, AfterPublish, Turn, hold_on_device, launch_budget
+from policies import RULES, AfterPublish, Turn, hold_on_device, launch_budget, states_on_device
 from record import RESULTS, commit, hardware, spread, versions, write_result
 
 from weft.configs.schema import AdapterConfig, Config
@@ -222,12 +222,12 @@ def sync_of(policy: Policy, pools: Pools, adapters: Sequence[AdapterConfig]) -> 
 
 @contextlib.asynccontextmanager
 async def moving(policy: Policy, pools: Pools, own: int) -> AsyncIterator[None]:
-    """The trainers hold one adapter at a time in this block, if the policy says so; own: as many as they hold otherwise."""
-    rule = RULES[policy.name]
-    if not (rule.swap or rule.time_shared):
+    """The trainers hold fewer states in this block, if the policy says so; own: as many as they hold otherwise."""
+    fewer = states_on_device(RULES[policy.name], own)
+    if fewer == own:
         yield
         return
-    before = await hold_on_device(pools.trainers, 1)
+    before = await hold_on_device(pools.trainers, fewer)
     yield
     policy.moved_bytes = await hold_on_device(pools.trainers, own) - before
 

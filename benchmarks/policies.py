@@ -9,8 +9,9 @@ time-shared     the same on one card that has two jobs. At staleness 0 an adapte
                 for both jobs), and that it could sample on both cards, then train on both.
 lock-step       all adapters sample, then all train, then all sync.
 one-a-launch    all adapters at once, and a trainer that takes one of them at a time.
-swap            the same as SkyRL's trainer does it: the card holds one adapter's state, those of the others wait in pinned host
-                memory. Moved by the trainer's own store; a sync overlaps the next one's training, which SkyRL's does not.
+swap            the same as SkyRL's trainer does it: masters and moments wait in pinned host memory and come to the card for a
+                step. Moved by the trainer's own store. The card holds two states, so that one is synced while the next trains,
+                which SkyRL's does not do.
 few             a launch takes two adapters at most, so that two need not wait until all have been trained.
 """
 
@@ -29,8 +30,8 @@ NOBODY = AdapterRef("", 0, 0)  # a message that names it is for the benchmark's 
 @dataclass(frozen=True)
 class Rule:
     """What a policy changes. one_by_one: an adapter begins when the one before has ended. lock_step: no adapter begins a step
-    before all have been synced. a_launch: adapters that the trainer takes at once, at most. swap: its card holds the state of
-    one of them. time_shared: of none, but while it trains. max_staleness: of every adapter. first: of the experiments, these
+    before all have been synced. a_launch: adapters that the trainer takes at once, at most. swap: its card holds the states
+    of two of them. time_shared: of none, but while it trains. max_staleness: of every adapter. first: of the experiments, these
     many are done; one after the other, each is as long as beside all."""
 
     one_by_one: bool = False
@@ -69,6 +70,11 @@ async def hold_on_device(trainers: Any, adapters: int) -> int:
     at this moment, and of one when it trains. Returns the bytes that have moved to and from the cards since they started."""
     replies = [await member.request(Load(NOBODY, str(adapters))) for member in trainers._members]
     return sum(int(moved) for reply in replies for moved in reply.checksums.values())
+
+
+def states_on_device(rule: Rule, own: int) -> int:
+    """That the trainer's card may hold; own: otherwise."""
+    return 2 if rule.swap else 1 if rule.time_shared else own
 
 
 class AfterPublish:

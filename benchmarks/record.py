@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+ABSOLUTE = re.compile(r"(?<![\w./])/(?:[\w.+-]+/)+([\w.+-]*)")
 REQUIRED = ("benchmark", "commit", "date", "command", "hardware", "versions", "settings")
 
 
@@ -71,8 +73,18 @@ def check_result(result: Mapping[str, Any]) -> None:
         raise ValueError(f"result {result.get('benchmark', 'without a name')!r} lacks {', '.join(missing)}")
 
 
+def without_paths(value: Any) -> Any:
+    """The same, with no more of an absolute path than its last name: where a machine keeps its files is no part of a result."""
+    if isinstance(value, Mapping):
+        return {key: without_paths(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(own) for own in value]
+    return ABSOLUTE.sub(r"\1", value) if isinstance(value, str) else value
+
+
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
     """Check the result and write it, whole or not at all."""
+    result = without_paths(result)
     check_result(result)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")

@@ -98,9 +98,9 @@ def test_time_shared_samples_nothing_while_anything_trains_or_syncs(benchmark, s
     assert set(told) == {"baseline", "first_experiment_time"}, "two experiments have no final time of five"
 
 
-def test_swap_holds_one_adapter_for_as_long_as_it_lasts_and_a_launch_takes_one(benchmark, simulation, tmp_path):
+def test_swap_holds_two_states_for_as_long_as_it_lasts_and_a_launch_takes_one(benchmark, simulation, tmp_path):
     policies, mover = run(benchmark, simulation, tmp_path, ["staleness-0", "swap", "staleness-1"])
-    assert mover.asked == [1, ClusterConfig().trainer.device_adapters]
+    assert mover.asked == [2, ClusterConfig().trainer.device_adapters]
     before, after = mover.launches
     assert after - before == 5 * 4, "its launches, one adapter each, and no other policy's"
     assert benchmark.measure(policies["swap"])["adapters_per_launch"] == 1.0
