@@ -147,6 +147,8 @@ class AdapterStore:
             weights = state[0] if self._dtype == torch.float32 else state[0].to(self._dtype)
             gradient = parked.get("gradient")
             self._on_device[name] = Slabs(state, weights, None if gradient is None else gradient.to(self._device))
+            if self._device.type == "cuda":  # this thread's stream rounds the weights, and those that read them wait for none
+                torch.cuda.current_stream(self._device).synchronize()
             self._bytes_up += _nbytes(parked)
             self._on_host.pop(name, None)
             if on_disk is not None:

@@ -159,6 +159,7 @@ class Decoder(nn.Module):
         self.untied_head = None if self.architecture.tied else _frozen(*vocabulary)
         self._groups = [group for layer in self.layers for group in layer.groups()]
         self._rope: tuple[Tensor, Tensor] | None = None  # cos, sin, grown as longer rows come
+        self._outgrown: list[tuple[Tensor, Tensor] | None] = []  # together as large as the last
 
     def use_fp8(self, wanted: bool = True) -> None:
         """Whether the layers' products run in FP8. The weights stay beside their FP8 copies.
@@ -211,14 +212,18 @@ class Decoder(nn.Module):
 
     def _angles(self, lengths: Sequence[int], x: Tensor) -> tuple[Tensor, Tensor]:
         """-> cos, sin [T, 1, D / 2] of every token's position in its row, in x's type."""
-        longest = max(lengths)
-        if self._rope is None or self._rope[0].shape[0] < longest or self._rope[0].device != x.device:
+        longest, rope = max(lengths), self._rope
+        if rope is None or rope[0].shape[0] < longest or rope[0].device != x.device:
             size = 1 << (longest - 1).bit_length()
-            self._rope = rope_table(self.architecture.rope, self.architecture.head_dim, size, x.device)
+            self._outgrown.append(rope)  # a canary may be reading it on another stream: its memory must not be another's yet
+            rope = rope_table(self.architecture.rope, self.architecture.head_dim, size, x.device)
+            if x.is_cuda:  # nor does the other stream wait for what writes this one
+                torch.cuda.current_stream(x.device).synchronize()
+            self._rope = rope
         positions = torch.cat([torch.arange(length) for length in lengths])
         if x.is_cuda:  # from pinned memory the copy waits for nothing
             positions = positions.pin_memory().to(x.device, non_blocking=True)
-        cos, sin = (table.to(x.dtype)[positions].unsqueeze(1) for table in self._rope)
+        cos, sin = (table.to(x.dtype)[positions].unsqueeze(1) for table in rope)
         return cos, sin
 
 
