@@ -1,7 +1,7 @@
 """One slab to many samplers: announced, broadcast, installed; a sampler that dies in between holds nobody up.
 
     Receive to each, and at once the broadcast that they take part in ──> all have it ──> Install to each ──> all have answered
-                             └──────────── one slab at a time ───────┘
+                             └──────────── one slab at a time ───────┘                 └── and its Canary, when that has come
 
 The samplers that a slab goes to form one broadcast group, made when it is first needed and kept for the next slab. Slabs are
 announced at any time, each with its number in the group, and broadcast in that order. Whatever goes wrong in a group dissolves
@@ -24,7 +24,7 @@ import torch
 from weft.configs.schema import SyncConfig
 from weft.transport.broadcast import BroadcastGroup, RendezvousStore, check_backend
 from weft.transport.errors import DeadlineError, InstallError, PeerDiedError, RendezvousError, WeftError
-from weft.transport.messages import AdapterRef, GetStatistics, Install, Receive, SlabHandle
+from weft.transport.messages import AdapterRef, Canary, GetStatistics, Install, Receive, SlabHandle
 
 T = TypeVar("T")
 Slab = Callable[[], torch.Tensor]  # gives the bytes, uint8 [nbytes], on whatever thread it is called; again when called again
@@ -123,8 +123,11 @@ class FanOut:
         self.notice = ""  # what the user should know, until somebody has told him
         self.home = torch.device("cuda", max(torch.cuda.device_count() - 1, 0))  # for slabs that come from the host
 
-    async def send(self, handle: SlabHandle, slab: Slab, peers: Sequence[Peer]) -> Times:
+    async def send(
+        self, handle: SlabHandle, slab: Slab, peers: Sequence[Peer], canary: asyncio.Future[float] | None = None
+    ) -> Times:
         """Returns when every peer that is still serving has installed the slab. It is announced before it is asked for.
+        canary: for a handle without.
 
         Raises InstallError naming the samplers that refuse it; RendezvousError, PeerDiedError or DeadlineError when
         ROUNDS broadcasts have failed: over NCCL, and then, if the configuration allows it, through the host too. A broadcast
@@ -137,7 +140,7 @@ class FanOut:
                 self._fall_back(failures[-1])
                 failures.clear()
             try:
-                refusals |= await self._round(handle, slab, waiting, times)
+                refusals |= await self._round(handle, slab, waiting, times, canary)
             except (PeerDiedError, RendezvousError, DeadlineError) as error:
                 failures.append(error)
         if refusals:
@@ -170,7 +173,9 @@ class FanOut:
     def _waits(self, peer: Peer, ref: AdapterRef) -> bool:
         return peer.serving and peer.installed.get(ref.name) != ref
 
-    async def _round(self, handle: SlabHandle, slab: Slab, peers: list[Peer], times: Times) -> dict[Peer, WeftError]:
+    async def _round(
+        self, handle: SlabHandle, slab: Slab, peers: list[Peer], times: Times, canary: asyncio.Future[float] | None
+    ) -> dict[Peer, WeftError]:
         """Why each that refuses it does. Raises when a peer died or the broadcast failed: those that still wait are asked
         again, since the dead one may have been between the root and these."""
         async with self._ahead:
@@ -182,7 +187,7 @@ class FanOut:
             finally:
                 group.under_way -= 1
         if not errors:
-            errors = await self._install(handle.ref, peers, times)
+            errors = await self._install(handle, peers, times, canary)
         if errors:
             self._end(group)
         for error in errors.values():
@@ -225,10 +230,21 @@ class FanOut:
         self.bytes_sent += handle.nbytes * _workers(group.peers)
         return {}
 
-    async def _install(self, ref: AdapterRef, peers: list[Peer], times: Times) -> dict[Peer, WeftError]:
+    async def _install(
+        self, handle: SlabHandle, peers: list[Peer], times: Times, canary: asyncio.Future[float] | None
+    ) -> dict[Peer, WeftError]:
         """Why those that have not installed it have not."""
-        started = time.monotonic()
-        errors = await _ask(peers, lambda _: Install(ref), self._config.deadline_s)
+        started, ref = time.monotonic(), handle.ref
+
+        async def tell() -> None:
+            if handle.canary_logprob is None and canary is not None:
+                logprob = await asyncio.shield(canary)  # this wait may be ended, and others wait for it too
+                await ask_all(peers, Canary(ref, logprob), self._config.deadline_s)
+
+        async with asyncio.TaskGroup() as tasks:
+            telling = tasks.create_task(tell())
+            errors = await _ask(peers, lambda _: Install(ref), self._config.deadline_s)
+            telling.cancel()
         times.install += time.monotonic() - started
         for peer in peers:
             if peer not in errors:

@@ -46,7 +46,6 @@ class Adapter:
     ref: AdapterRef
     layout: SlabLayout
     fault: str = ""  # of the gradient that it holds
-    canary: tuple[AdapterRef, float] | None = None  # its log-probability under the weights of that version
     lock: threading.Lock = field(default_factory=threading.Lock)  # held by whoever reads or changes its weights
 
     @property
@@ -99,9 +98,7 @@ class Learner:
     def __init__(self, decoder: Decoder, store: AdapterStore, device: torch.device, token_budget: int) -> None:
         self._decoder, self._store, self._device, self._token_budget = decoder, store, device, token_budget
         self._canary = torch.tensor(canary_tokens(decoder.head.shape[0]), device=device)
-        no_adapter = LoraBatch((0,), ())
-        # Now, so that the decoder's tables are long enough for any canary.
-        self.base_canary = self._canary_logprobs(no_adapter, [0, len(self._canary) - 1])[0]
+        self.base_canary = self.score_base()  # now, so that the decoder's tables are long enough for any canary
 
     def forward_backward(self, adapters: Sequence[Adapter], batches: Sequence[TrainBatch]) -> list[dict[str, float]]:
         """Adds to the adapters' gradients; returns each one's metrics. Where a loss is not finite, `Adapter.fault` says so, and
@@ -191,6 +188,10 @@ class Learner:
             trained = self._trained(adapters, held, gradients=False)
             build = SlabBatch.build if self._device.type == "cuda" else LoraBatch.build
             return self._canary_logprobs(build(offsets, [adapter.config.lora.scale for adapter in adapters], trained), offsets)
+
+    def score_base(self) -> float:
+        """The canary's log-probability under the base alone."""
+        return self._canary_logprobs(LoraBatch((0,), ()), [0, len(self._canary) - 1])[0]
 
     @torch.no_grad()
     def _canary_logprobs(self, lora: LoraBatch | SlabBatch, offsets: Sequence[int]) -> list[float]:

@@ -1,7 +1,7 @@
 """A sampler: one vLLM engine that holds many adapter versions at once and plays rollouts of any of them.
 
     AddAdapter ──> environment                         Rollout ──lease──> episodes ──> Group
-    Receive ──> side thread of the worker ──> Install ──canary──> leases ──Retire, last lease──> removed from the engine
+    Receive ──> side thread of the worker ──> Install ──Canary──> leases ──Retire, last lease──> removed from the engine
 
 Nothing here pauses the engine or touches its prefix cache: a new version is a new name, id and path, so blocks of an older
 one can never be taken for its own (DESIGN laws 2, 4, 5).
@@ -32,6 +32,7 @@ from weft.transport.messages import (
     AdapterAdded,
     AdapterRef,
     AddAdapter,
+    Canary,
     Done,
     DropAdapter,
     GetStatistics,
@@ -42,7 +43,6 @@ from weft.transport.messages import (
     Rollout,
     Sample,
     SamplerStatistics,
-    SlabHandle,
 )
 
 _FIRST_POLL_S, _LAST_POLL_S = 0.0003, 0.01  # between two looks at a slab that is on its way; doubles
@@ -55,6 +55,15 @@ class _Adapter:
     config: AdapterConfig
     environment: EnvironmentThread
     settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Announced:
+    """A slab that was announced, with the id that it will have in the engine, and the trainer's canary when that is known."""
+
+    message: Receive
+    lora_id: int
+    canary: asyncio.Future[float]
 
 
 class Sampler:
@@ -85,7 +94,7 @@ class Sampler:
         self._max_lora_rank = int(arguments["max_lora_rank"])
         self._leases = Leases(max_live_versions)
         self._adapters: dict[str, _Adapter] = {}
-        self._announced: dict[AdapterRef, tuple[Receive, int]] = {}  # with the id that it will have in the engine
+        self._announced: dict[AdapterRef, _Announced] = {}
         self._installing: dict[AdapterRef, asyncio.Event] = {}
         self._removal = asyncio.Lock()
         self._in_flight = self._installs = 0
@@ -112,6 +121,10 @@ class Sampler:
                     return await self._receive(message)
                 case Install():
                     return await self._install(message.ref)
+                case Canary(ref, logprob):
+                    if (announced := self._announced.get(ref)) is not None and not announced.canary.done():
+                        announced.canary.set_result(logprob)
+                    return Done()
                 case Retire():
                     self._leases.retire(message.ref)
                     await self._remove_retired()
@@ -172,8 +185,11 @@ class Sampler:
         for stale in [ref for ref in self._announced if ref.name == handle.ref.name and ref not in self._installing]:
             await self._engine.call("slab_discard", str(stale))  # it never was installed, and would keep its slot
             self._announced.pop(stale, None)
-        lora_id = self._leases.new_id()
-        self._announced[handle.ref] = (message, lora_id)  # from now on: one that is given up here may have its slot there
+        lora_id, canary = self._leases.new_id(), asyncio.get_running_loop().create_future()
+        if handle.canary_logprob is not None:
+            canary.set_result(handle.canary_logprob)
+        # from now on: one that is given up here may have its slot there
+        self._announced[handle.ref] = _Announced(message, lora_id, canary)
         try:
             await self._engine.call("slab_receive", str(handle.ref), slab, group, data, lora_id, message.sequence)
         except CallError as error:
@@ -190,20 +206,20 @@ class Sampler:
             return Done()
         if ref not in self._announced:
             raise InstallError(f"sampler {self._index}: no slab of {ref} was announced")
-        message, lora_id = self._announced[ref]
+        announced = self._announced[ref]
         self._installing[ref] = asyncio.Event()
         try:
             await self._remove_retired()
-            await self._install_in(self._leases.reserve(ref, lora_id), message)
+            await self._install_in(self._leases.reserve(ref, announced.lora_id), announced)
         finally:
             self._installing.pop(ref).set()
         return Done()
 
-    async def _install_in(self, version: Version, message: Receive) -> None:
+    async def _install_in(self, version: Version, announced: _Announced) -> None:
         """Install an announced slab in the place that `version` has."""
         try:
-            await self._apply(version, message.deadline_s)
-            await self._check_canary(version, message.handle)
+            await self._apply(version, announced.message.deadline_s)
+            await self._check_canary(version, announced)
         except BaseException:
             self._leases.give_up(version)
             await self._remove_retired()
@@ -228,19 +244,25 @@ class Sampler:
         except CallError as error:
             raise InstallError(f"sampler {self._index} could not install {version.ref}: {error}") from error
 
-    async def _check_canary(self, version: Version, handle: SlabHandle) -> None:
-        """Refuse a version under which the engine does not give the canary tokens the trainer's log-probability."""
-        tokens = canary_tokens(self._engine.vocab_size)
+    async def _check_canary(self, version: Version, announced: _Announced) -> None:
+        """Refuse a version under which the engine does not give the canary tokens the trainer's log-probability, which may come
+        after the engine has given its own."""
+        tokens, base = canary_tokens(self._engine.vocab_size), announced.message.handle.base_logprob
         found = await self._engine.score(tokens, version)
+        try:
+            async with asyncio.timeout(announced.message.deadline_s):
+                wanted = await announced.canary
+        except TimeoutError as error:
+            raise InstallError(f"sampler {self._index}: the trainer's canary of {version.ref} did not come") from error
         allowed = canary_allowance(self._dtype)
-        if abs(found - handle.canary_logprob) <= allowed:
+        if abs(found - wanted) <= allowed:
             return
         why = "it is not the adapter that the trainer published"
-        if abs(found - handle.base_logprob) <= allowed:
+        if abs(found - base) <= allowed:
             why = "the engine samples as the base model, without the adapter"
         raise InstallError(
             f"sampler {self._index}: canary of {version.ref} has log-probability {found:.5f}, the trainer's is "
-            f"{handle.canary_logprob:.5f}, the base's {handle.base_logprob:.5f} (tolerance {allowed:.5f}): {why}"
+            f"{wanted:.5f}, the base's {base:.5f} (tolerance {allowed:.5f}): {why}"
         )
 
     async def _remove_retired(self) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weft.actors.affinity import Affinity
-from weft.actors.member import Member, dropped, numbers_of, statistics_of
+from weft.actors.member import Member, dropped, numbers_of, statistics_of, together
 from weft.actors.trainer_pool import TrainerPool
 from weft.transport import messages
 from weft.transport.errors import InstallError, PeerDiedError, RemoteError, VersionError, WeftError
@@ -230,11 +230,21 @@ class ParamSyncPool:
     async def _distribute(
         self, handle: SlabHandle, samplers: Collection[int], supersedes: AdapterRef | None
     ) -> Distributed:
+        done: Distributed
         message = messages.Distribute(handle, tuple(samplers), supersedes)
-        done: Distributed = await self._member.request(message, 2 * self._deadline_s)
+        distributing = self._member.request(message, 2 * self._deadline_s)
+        if handle.canary_logprob is None:  # its weights are on their way, and do not wait for it
+            done, _ = await together(distributing, self._follow(handle.ref))
+        else:
+            done = await distributing
         if done.notice:
             _log.warning("%s", done.notice)
         return done
+
+    async def _follow(self, ref: AdapterRef) -> None:
+        """Send the canary after a slab. When there is none, the slab's way ends too: nobody can check what it brings."""
+        canary = await self._trainers.canary(ref)
+        await self._member.request(canary, self._deadline_s)
 
     async def _withdraw(self, name: str) -> None:
         """Retire it where nobody asks for it any more. What cannot be retired now is so after the next publish."""

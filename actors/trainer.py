@@ -1,6 +1,7 @@
 """The trainer: weights, gradients and moments of many adapters on one frozen base, behind messages.
 
     handle(message) ──> thread of training: TrainStep, TrainShare, ForwardBackward, OptimStep, Score
+                  |──> thread of canaries: AskCanary (canaries.py)
                   |──> thread of state: Publish, Load, DropAdapter
                   |──> threads of files: AddAdapter, Save, Export
                   `──> GetStatistics is answered at once
@@ -23,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from torch import Tensor
 
 from weft.actors.adapter_store import AdapterStore
 from weft.actors.blame import blamed_on
+from weft.actors.canaries import Canaries, Found
 from weft.actors.checksum import checksum
 from weft.actors.launch import check_batch
 from weft.actors.learner import Adapter, Learner
@@ -82,6 +84,7 @@ class Trainer:
         self._training = ThreadPoolExecutor(1, "weft-training", initializer=threads)
         self._state = ThreadPoolExecutor(1, "weft-state", initializer=functools.partial(_own_stream, self._device))
         self._files = ThreadPoolExecutor(FILES, "weft-files", initializer=functools.partial(_own_stream, self._device))
+        self._canaries = Canaries(self._canaries_of, functools.partial(_own_stream, self._device))
         self._adapters: dict[str, Adapter] = {}
         self._shared = SharedSteps(self._store)
         self._boxes = Boxes(self._device) if shares_device else None
@@ -113,7 +116,10 @@ class Trainer:
 
     async def start(self) -> None:
         """Load the base. Raises ValueError for a folder that holds no model, and for a device that has no FP8 products."""
-        await asyncio.get_running_loop().run_in_executor(self._training, self._load_base)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._training, self._load_base)
+        # Now, for a thread's first products take long: the libraries make each thread its own handles.
+        await loop.run_in_executor(self._canaries.thread, self._learner.score_base)
 
     async def handle(self, message: Any) -> Any:
         """The reply that the message's docstring names. Raises ValueError for an adapter that is unknown, AdapterFault for one
@@ -123,17 +129,20 @@ class Trainer:
         if isinstance(message, messages.EndShare):
             self._shared.end(message.epoch)
             return messages.Done()
+        if isinstance(message, messages.AskCanary):
+            return messages.Canary(message.ref, await self._canaries.ask(message.ref))
         assert type(message) in self._calls, f"no message to a trainer: {type(message).__name__}"
         loop, (thread, call) = asyncio.get_running_loop(), self._calls[type(message)]
         if isinstance(message, messages.AddAdapter) and self._warm_up is not None:
             ranks = [build(AdapterConfig, message.config).lora.rank]
             if self._warm_up.lacks(ranks):
                 await loop.run_in_executor(self._training, self._warm_up.run, ranks)
-        return await loop.run_in_executor(thread, call, message)
+        with self._canaries.handing_over() if isinstance(message, messages.Publish) else nullcontext():
+            return await loop.run_in_executor(thread, call, message)
 
     async def aclose(self) -> None:
         """Ends after what is being computed; the disk tier is removed."""
-        for thread in (self._training, self._state, self._files):
+        for thread in (self._training, self._state, self._files, self._canaries.thread):
             await asyncio.to_thread(thread.shutdown, cancel_futures=True)
         shutil.rmtree(self._folder / "adapters", ignore_errors=True)
 
@@ -271,16 +280,11 @@ class Trainer:
 
     def _step(self, adapters: Sequence[Adapter]) -> list[StepResult]:
         """One optimizer step of each. A fault belongs to the gradient, which is gone now: the next one starts afresh."""
-        results, stepped = list[StepResult](), list[Adapter]()
+        results = list[StepResult]()
         for adapter, metrics in zip(adapters, self._learner.optim_steps(adapters), strict=True):
             fault, adapter.fault = adapter.fault, ""
             self._steps += not fault
-            if not fault and self._device.type == "cuda":
-                stepped.append(adapter)
             results.append(StepResult(adapter.ref, 0, metrics, fault))
-        if stepped:  # one forward for all, where each adapter's publish would wait for its own
-            for adapter, canary in zip(stepped, self._learner.canaries(stepped), strict=True):
-                adapter.canary = adapter.ref, canary
         return results
 
     def _refusal(self, batch: TrainBatch) -> str:
@@ -313,8 +317,6 @@ class Trainer:
         # a number of its own: what takes the slab of an earlier publish of this version removes that file, never this one
         path = self._slab_folder / f"{ref.name}-{ref.lineage}-{ref.version}-{os.getpid()}-{self._slabs_written}.slab"
         with self._own_version(ref) as adapter, self._store.hold([ref.name]) as (slabs,):
-            if adapter.canary is None or adapter.canary[0] != ref:
-                adapter.canary = ref, self._learner.canaries([adapter])[0]
             if self._boxes is not None:
                 self._boxes.put(slabs.weights, ref.name, path)
             words = int(checksum(slabs.weights))
@@ -331,13 +333,23 @@ class Trainer:
             rank=adapter.layout.rank,
             scale=adapter.config.lora.scale,
             modules=adapter.layout.modules,
-            canary_logprob=adapter.canary[1],
+            canary_logprob=None,  # which is asked for when this is on its way
             base_logprob=self._learner.base_canary,
             host=socket.gethostname(),
             path=str(path),
             on_device=raw is None,
             checksum=words,
         )
+
+    def _canaries_of(self, refs: Sequence[AdapterRef]) -> dict[AdapterRef, Found]:
+        """By one forward. Of a version that is not here any more: why there is none."""
+        with self._locked([ref.name for ref in refs]):
+            found: dict[AdapterRef, Found] = {ref: VersionError(f"{ref} is not here any more: no canary") for ref in refs}
+            here = [adapter for ref in refs if (adapter := self._adapters.get(ref.name)) is not None and adapter.ref == ref]
+            at_once = self._store.device_capacity
+            for some in (here[first : first + at_once] for first in range(0, len(here), at_once)):
+                found |= zip((adapter.ref for adapter in some), self._learner.canaries(some), strict=True)
+        return found
 
     def _save(self, message: messages.Save) -> messages.Saved:
         with self._own_version(message.ref) as adapter, self._store.hold([adapter.name]) as (slabs,):
@@ -356,7 +368,7 @@ class Trainer:
                 slabs.replace_state(state)
                 if self._device.type == "cuda":  # what trains next is on another stream
                     torch.cuda.current_stream(self._device).synchronize()
-            adapter.ref, adapter.fault, adapter.canary = message.ref, "", None
+            adapter.ref, adapter.fault = message.ref, ""
         return messages.Done()
 
     def _export(self, message: messages.Export) -> messages.Done:
@@ -368,11 +380,11 @@ class Trainer:
 
 
 def _own_stream(device: torch.device) -> None:
-    """Of the thread of state: on a GPU what it copies and checks passes by the launch that computes. What it reads is done:
-    training lets go of an adapter only after the device has finished with it."""
+    """Of a thread beside training: on a GPU what it does passes by the launch that computes. What it reads is done: training
+    lets go of an adapter only after the device has finished with it, and so does who brings it there."""
     torch.set_num_threads(1)
     if device.type == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream(device))
+        torch.cuda.set_stream(torch.cuda.Stream(device, priority=-1))
 
 
 def _seed(config: AdapterConfig) -> int:

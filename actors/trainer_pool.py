@@ -243,6 +243,11 @@ class TrainerPool:
         handle: SlabHandle = await self._home[ref.name][0].request(messages.Publish(ref), self._deadline_s)
         return handle
 
+    async def canary(self, ref: AdapterRef) -> messages.Canary:
+        """Of the weights of `ref`, which the trainer must still have."""
+        canary: messages.Canary = await self._home[ref.name][0].request(messages.AskCanary(ref), self._deadline_s)
+        return canary
+
     async def statistics(self) -> list[messages.TrainerStatistics]:
         """Of those that answer now."""
         return await statistics_of(self._members)

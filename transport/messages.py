@@ -87,7 +87,7 @@ class SlabHandle:
     rank: int
     scale: float
     modules: tuple[str, ...]  # Hugging Face names in slab order (actors/lora.py: SlabLayout)
-    canary_logprob: float  # the trainer's log-probability of the canary tokens under these weights
+    canary_logprob: float | None  # the trainer's, of the canary tokens under these weights; None: it comes as `Canary`
     base_logprob: float  # ... and under the base alone
     host: str = ""
     path: str = ""
@@ -164,6 +164,15 @@ class Install:
     """-> Done, when new rollouts may name it: applied, canary checked."""
 
     ref: AdapterRef
+
+
+@dataclass(frozen=True)
+class Canary:
+    """-> Done, of a sampler, whose Install waits for it, and of a relay, which tells the samplers. logprob: the trainer's, of
+    the canary tokens under a version whose handle came without."""
+
+    ref: AdapterRef
+    logprob: float
 
 
 @dataclass(frozen=True)
@@ -272,6 +281,13 @@ class Publish:
 
 
 @dataclass(frozen=True)
+class AskCanary:
+    """-> Canary of the adapter's weights as they are now, whose version must be `ref`."""
+
+    ref: AdapterRef
+
+
+@dataclass(frozen=True)
 class Save:
     """-> Saved. Writes masters, moments, step and random state of one adapter into `folder`."""
 
@@ -316,7 +332,8 @@ class TrainerStatistics:
 
 @dataclass(frozen=True)
 class Distribute:
-    """-> Distributed, when every named sampler has installed it. Takes the slab over: the trainer may go on."""
+    """-> Distributed, when every named sampler has installed it. Takes the slab over: the trainer may go on. A handle without a
+    canary is followed by it."""
 
     handle: SlabHandle
     samplers: tuple[int, ...]

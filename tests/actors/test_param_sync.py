@@ -30,6 +30,7 @@ from weft.transport.errors import InstallError, PeerDiedError, RemoteError, Weft
 from weft.transport.messages import AdapterRef, Distribute, Done, JoinSampler, LeaveSampler, Serve, SlabHandle, Withdraw
 
 RELAY = "relay"
+CANARY = -1.0
 DEADLINE_S = 40.0  # far above what any test takes: what ends at once must not end by this
 
 
@@ -42,6 +43,7 @@ class PlainSampler:
         self._groups: dict[str, tuple[BroadcastGroup, asyncio.Lock]] = {}
         self._coming: dict[AdapterRef, asyncio.Task[tuple[torch.Tensor, WeftError | None]]] = {}
         self._installed: dict[AdapterRef, int] = {}
+        self._canaries: dict[AdapterRef, asyncio.Future[float]] = {}
         self.tasks: asyncio.TaskGroup | None = None
 
     async def handle(self, message: object) -> object:
@@ -50,6 +52,11 @@ class PlainSampler:
                 self._fault("die-at-receive", message.handle.ref)
                 assert self.tasks is not None
                 self._coming[message.handle.ref] = self.tasks.create_task(self._receive(message))
+                canary = self._canaries[message.handle.ref] = asyncio.get_running_loop().create_future()
+                if message.handle.canary_logprob is not None:
+                    canary.set_result(message.handle.canary_logprob)
+            case messages.Canary(ref, logprob):
+                self._canaries[ref].set_result(logprob)
             case messages.Install(ref):
                 self._fault("die-at-install", ref)
                 slab, error = await self._coming.pop(ref)
@@ -57,6 +64,7 @@ class PlainSampler:
                     raise InstallError(f"{ref} did not come: {error}")
                 if self._stage == "refuse" and ref.version == self._version:
                     raise InstallError("the canary samples as the base")
+                assert await self._canaries[ref] == CANARY
                 self._installed[ref] = zlib.crc32(slab.numpy())
             case messages.Retire(ref):
                 del self._installed[ref]
@@ -186,7 +194,7 @@ def handle_of(name: str, version: int, nbytes: int = 10_007, path: Path | None =
         data.tofile(path)
         data = None
     where = "" if path is None else str(path)
-    return SlabHandle(ref, nbytes, "bfloat16", 8, 2.0, ("q_proj",), -1.0, -2.0, path=where, data=data)
+    return SlabHandle(ref, nbytes, "bfloat16", 8, 2.0, ("q_proj",), CANARY, -2.0, path=where, data=data)
 
 
 def as_live(*handles: SlabHandle) -> list[str]:
@@ -224,6 +232,26 @@ def test_adapters_overlap_and_each_ones_versions_come_in_order(sampler: Make):
                         before = AdapterRef(name, 0, version - 1) if version else None
                         tasks.create_task(sync.handle(Distribute(handle, (0, 1), before)))
             assert [await process.live() for process in samplers] == [as_live(*last.values())] * 2
+
+    run(test)
+
+
+def test_weights_go_before_their_canary_and_nobody_has_installed_them_without_it(sampler: Make):
+    async def test() -> None:
+        samplers = [sampler(), sampler()]
+        async with relay(*samplers) as sync:
+            whole = handle_of("a", 1)
+            handle = messages.SlabHandle(**{**vars(whole), "canary_logprob": None})
+            async with asyncio.TaskGroup() as tasks:
+                syncing = tasks.create_task(sync.handle(Distribute(handle, (0,))))
+                while not (await sync.handle(messages.GetStatistics())).bytes_sent:  # noqa: ASYNC110  of a process of its own
+                    await asyncio.sleep(0)
+                await sync.handle(messages.Canary(AdapterRef("a", 0, 0), -5.0))  # of another version
+                assert await samplers[0].live() == [] and not syncing.done()
+                await sync.handle(messages.Canary(whole.ref, CANARY))
+            assert await samplers[0].live() == as_live(whole)
+            await sync.handle(Serve(1, "a"))  # who comes late waits for none
+            assert await samplers[1].live() == as_live(whole)
 
     run(test)
 

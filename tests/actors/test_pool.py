@@ -28,6 +28,7 @@ from weft.transport.errors import (
     RemoteError,
     StartError,
     VersionError,
+    WeftError,
 )
 from weft.transport.memory import Client, Server
 from weft.transport.messages import AdapterRef
@@ -141,7 +142,9 @@ class Trainer:
                 self.world.publishing.set()
                 await self.world.may_publish.wait()
                 path = self.world.slab(message.ref)
-                return messages.SlabHandle(message.ref, 0, "float32", 1, 1.0, (), 0.0, 0.0, path=path)
+                return messages.SlabHandle(message.ref, 0, "float32", 1, 1.0, (), None, 0.0, path=path)
+            case messages.AskCanary():
+                return messages.Canary(message.ref, -1.0)
             case messages.Load():
                 self.versions[message.ref.name] = message.ref
                 return messages.Done()
@@ -155,6 +158,7 @@ class Relay:
         self.world = world
         self.endpoints: dict[int, str] = {}
         self.newest: dict[str, messages.SlabHandle] = {}
+        self.canaries: dict[AdapterRef, asyncio.Event] = {}
         self.hold = asyncio.Event()
         self.hold.set()
 
@@ -169,15 +173,21 @@ class Relay:
         await self.world.answers("relay", message)
         match message:
             case messages.Distribute():
+                assert message.handle.canary_logprob is None
+                canary = self.canaries[message.handle.ref] = asyncio.Event()
                 self.world.distributing.set()
                 await self.hold.wait()
                 self.world.take(message.handle.path)
+                await canary.wait()
                 for sampler in set(message.samplers) & set(self.endpoints):
                     await self._ask(sampler, messages.Install(message.handle.ref))
                     if message.supersedes is not None:
                         await self._ask(sampler, messages.Retire(message.supersedes))
                 self.newest[message.handle.ref.name] = message.handle
                 return messages.Distributed(0.0, 0.0, 0.0)
+            case messages.Canary():
+                self.canaries[message.ref].set()
+                return messages.Done()
             case messages.JoinSampler():
                 await self.world.may_join.wait()
                 if message.endpoint in self.world.unjoinable:
@@ -312,6 +322,15 @@ class Pools:
 def batch(ref: AdapterRef) -> messages.TrainBatch:
     none = np.zeros(0, np.int32)
     return messages.TrainBatch(ref, none, none, none.astype(bool), none.astype(np.float32), none, none, none, 0, 0)
+
+
+async def raised(work: Awaitable[Any]) -> BaseException | None:
+    """What it raised, if anything of ours."""
+    try:
+        await work
+    except WeftError as error:
+        return error
+    return None
 
 
 @asynccontextmanager
@@ -520,6 +539,23 @@ def test_a_publish_survives_the_death_of_a_sampler_that_it_waits_for() -> None:
             await world.until(lambda: len(world.processes["sampler-0"]) == 2)
             await pools.samplers.wait_ready()
             assert all(world.now(f"sampler-{index}").actor.installed["a"] == newer for index in range(2))
+
+    asyncio.run(law())
+
+
+def test_a_trainer_that_dies_between_weights_and_canary_ends_the_publish_and_nobody_has_that_version() -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            ref = await pools.add("a")
+            newer = await pools.step(ref)
+            world.unanswered.add(("trainer", messages.AskCanary))
+            world.distributing.clear()
+            async with asyncio.TaskGroup() as tasks:
+                publishing = tasks.create_task(raised(pools.sync.publish(newer, ref)))
+                await world.distributing.wait()
+                await world.kill("trainer-0")
+            assert isinstance(publishing.result(), PeerDiedError)
+            assert pools.having(ref) and not pools.having(newer)
 
     asyncio.run(law())
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +37,7 @@ from weft.transport.messages import (
     UNSAMPLED,
     AdapterRef,
     AddAdapter,
+    Canary,
     DropAdapter,
     GetStatistics,
     Group,
@@ -243,6 +244,15 @@ class Bench:
             sampled = sample.versions == ref.version
             assert sampled.any()
             assert np.abs(wanted - sample.logprobs)[sampled].mean() < 1e-3
+
+
+async def refusal(installing: Awaitable[object]) -> str:
+    """Why it was refused; nothing if it was not."""
+    try:
+        await installing
+    except InstallError as error:
+        return str(error)
+    return ""
 
 
 @pytest.fixture(scope="module")
@@ -643,6 +653,55 @@ def test_adding_an_adapter_twice_changes_nothing_and_says_how_many_prompts_there
             reply = await bench.sampler.handle(AddAdapter(held.settings))
             assert getattr(reply, "num_prompts", None) == 7
         assert bench.sampler._adapters[name] is held
+
+    bench.run(law())
+
+
+@pytest.mark.parametrize("known_first", [True, False])
+def test_a_version_is_offered_when_the_trainers_canary_has_come_and_is_the_engines_own(
+    bench: Bench, known_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score, scored = bench.sampler._engine.score, threading.Event()
+
+    async def scoring(tokens: Any, version: Any) -> float:
+        found = await score(tokens, version)
+        scored.set()
+        return found
+
+    monkeypatch.setattr(bench.sampler._engine, "score", scoring)
+
+    async def law() -> None:
+        ref = AdapterRef(await bench.add(), 0, 1)
+        for wrong in (True, False):
+            handle = bench.reference.slab(ref)
+            assert handle.canary_logprob is not None
+            canary = Canary(ref, handle.canary_logprob - 5 * wrong)
+            await bench.sampler.handle(Receive(dataclasses.replace(handle, canary_logprob=None), "", "", 1, 1, "gloo", 20.0))
+            if known_first:
+                await bench.sampler.handle(canary)
+            async with asyncio.TaskGroup() as tasks:
+                installing = tasks.create_task(refusal(bench.sampler.handle(Install(ref))))
+                if not known_first:
+                    await asyncio.to_thread(scored.wait, 20)
+                    scored.clear()
+                    await asyncio.sleep(0)
+                    assert not bench.sampler._leases.holds(ref) and not installing.done()
+                    await bench.sampler.handle(canary)
+            assert ("the trainer's is" in installing.result()) == wrong
+        bench.check(await bench.rollout(ref))
+
+    bench.run(law())
+
+
+def test_a_canary_that_never_comes_ends_the_install_and_leaves_nothing(bench: Bench) -> None:
+    async def law() -> None:
+        ref = await bench.adapter()
+        newer = dataclasses.replace(ref, version=2)
+        handle = dataclasses.replace(bench.reference.slab(newer), canary_logprob=None)
+        await bench.sampler.handle(Receive(handle, "", "", 1, 1, "gloo", 0.5))
+        with pytest.raises(InstallError, match="canary of .* did not come"):
+            await bench.sampler.handle(Install(newer))
+        assert (await bench.statistics()).live_versions == (str(ref),)
 
     bench.run(law())
 

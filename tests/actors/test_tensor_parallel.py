@@ -41,8 +41,8 @@ class Both:
 
     def slab(self, ref: AdapterRef) -> SlabHandle:
         handle: SlabHandle = self.bench.ask(messages.Publish(ref))
-        path = Path(handle.path)
-        return replace(handle, path="", host="", data=np.fromfile(path, np.uint8))
+        canary, path = self.bench.ask(messages.AskCanary(ref)), Path(handle.path)
+        return replace(handle, path="", host="", data=np.fromfile(path, np.uint8), canary_logprob=canary.logprob)
 
     def check(self, group: Group) -> None:
         """Every token has the trainer's log-probability under the version that sampled it."""

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from weft.actors.canary import canary_tokens
 from weft.actors.lora import init_pairs
 from weft.actors.peft_folder import read_peft_folder
 from weft.configs.expand import to_mapping
 from weft.configs.schema import AdapterConfig, LoraConfig, LossConfig, OptimizerConfig
 from weft.transport import messages
 from weft.transport.errors import AdapterFault, CheckpointError, VersionError
-from weft.transport.messages import AdapterRef, TrainBatch
+from weft.transport.messages import UNSAMPLED, AdapterRef, TrainBatch
 
 torch.set_num_threads(1)
 ONE = AdapterConfig(name="one", optimizer=OptimizerConfig(learning_rate=1e-2))
@@ -126,7 +127,7 @@ def test_a_checkpoint_that_is_altered_or_of_another_shape_changes_nothing(make: 
 def test_a_published_slab_is_the_weights_of_that_version(make: Make, dtype: str, batch: MakeBatch) -> None:
     bench = make(ONE, TWO, dtype=dtype)
     first = bench.ask(messages.Publish(AdapterRef("two", 0, 0)))
-    assert first.canary_logprob == pytest.approx(first.base_logprob, abs=1e-6)
+    assert first.canary_logprob is None, "its weights do not wait for it"
     bench.step(batch("two"))
     with pytest.raises(VersionError, match="two/0/0 is asked for, the trainer has two/0/1"):
         bench.ask(messages.Publish(AdapterRef("two", 0, 0)))
@@ -137,10 +138,38 @@ def test_a_published_slab_is_the_weights_of_that_version(make: Make, dtype: str,
     assert (handle.nbytes, handle.rank, handle.scale) == (slab.nbytes, 3, pytest.approx(7 / 3))
     assert handle.modules == bench.trainer._adapters["two"].layout.modules
     assert handle.base_logprob == first.base_logprob
-    assert handle.canary_logprob != handle.base_logprob
     again = bench.ask(messages.Publish(AdapterRef("two", 0, 1)))
     assert again.path != handle.path  # whoever takes the first removes its own file
     assert not list(Path(handle.path).parent.glob("*.part"))
+
+
+def test_a_canary_is_of_exactly_the_version_that_is_asked_for(make: Make, batch: MakeBatch) -> None:
+    bench, tokens = make(ONE, TWO), np.array(canary_tokens(61), np.int32)
+    scored, count = np.arange(len(tokens)) > 0, len(tokens) - 1
+
+    def ask(name: str, version: int) -> float:
+        canary = bench.ask(messages.AskCanary(AdapterRef(name, 0, version)))
+        assert canary.ref == AdapterRef(name, 0, version)
+        return float(canary.logprob)
+
+    def scored_as(name: str, version: int) -> float:
+        ref, none = AdapterRef(name, 0, version), np.zeros(len(tokens), np.float32)
+        ends, one = np.array([0, len(tokens)], np.int32), np.zeros(1, np.int32)
+        row = messages.TrainBatch(
+            ref, tokens, ends, scored, none, np.where(scored, version, UNSAMPLED), one.astype(np.float32), one, count, 1
+        )
+        return float(bench.ask(messages.Score(row)).logprobs.sum())
+
+    base = bench.ask(messages.Publish(AdapterRef("two", 0, 0))).base_logprob
+    assert ask("two", 0) == pytest.approx(base, abs=1e-6)
+    for version in (1, 2):
+        bench.step(batch("two", version - 1))
+        assert ask("two", version) == pytest.approx(scored_as("two", version), abs=1e-3) != ask("one", 0)
+        with pytest.raises(VersionError, match=f"two/0/{version - 1} is not here any more"):
+            ask("two", version - 1)
+    assert ask("one", 0) == pytest.approx(base, abs=1e-6)
+    with pytest.raises(VersionError, match="three/0/0"):
+        ask("three", 0)
 
 
 def test_an_exported_folder_holds_the_weights_and_starts_another_adapter(make: Make, tmp_path: Path, batch: MakeBatch) -> None:

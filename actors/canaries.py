@@ -1,0 +1,76 @@
+"""A trainer's canaries: computed once a version is on its way, not before.
+
+    Publish ──> its slab is handed over      AskCanary ──> no slab is being handed over ──> one forward for all that ask
+
+What a sampler checks a version with, it needs when it has installed it. A canary is a forward of its own, tens of milliseconds
+on a large base, in which the weights themselves would wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+from weft.transport.errors import WeftError
+from weft.transport.messages import AdapterRef
+
+QUIET_S = 0.05  # after which a canary no longer lets slabs go first: somebody's version waits for it
+Found = float | WeftError
+
+
+class Canaries:
+    """Those of one trainer. For its event loop; `compute` runs on a thread of its own."""
+
+    def __init__(
+        self, compute: Callable[[Sequence[AdapterRef]], Mapping[AdapterRef, Found]], initializer: Callable[[], object]
+    ) -> None:
+        """compute: of each version its canary, or why there is none. initializer: of the thread."""
+        self._compute = compute
+        self.thread = ThreadPoolExecutor(1, "weft-canary", initializer=initializer)
+        self._asked: dict[AdapterRef, asyncio.Future[Found]] = {}
+        self._turn = asyncio.Lock()
+        self._quiet = asyncio.Event()
+        self._quiet.set()
+        self._handing = 0
+
+    @contextmanager
+    def handing_over(self) -> Iterator[None]:
+        """While the block lasts, a slab is being handed over."""
+        self._handing += 1
+        self._quiet.clear()
+        try:
+            yield
+        finally:
+            self._handing -= 1
+            if not self._handing:
+                self._quiet.set()
+
+    async def ask(self, ref: AdapterRef) -> float:
+        """The canary of this version. Raises why there is none."""
+        loop = asyncio.get_running_loop()
+        future = self._asked.setdefault(ref, loop.create_future())
+        async with self._turn:
+            if not future.done():
+                await self._wait_quiet()
+                asked, self._asked = {**self._asked, ref: future}, {}
+                try:
+                    found = await loop.run_in_executor(self.thread, self._compute, list(asked))
+                except BaseException:  # the next one that asks computes for those that still wait
+                    del asked[ref]
+                    self._asked = asked | self._asked
+                    raise
+                for one, answer in asked.items():
+                    answer.set_result(found[one])
+        result = await future
+        if isinstance(result, WeftError):
+            raise result
+        return result
+
+    async def _wait_quiet(self) -> None:
+        try:
+            async with asyncio.timeout(QUIET_S):
+                await self._quiet.wait()
+        except TimeoutError:
+            return

@@ -1,0 +1,95 @@
+"""A trainer's canaries come after its slabs, together, and each for itself."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+
+import pytest
+
+from weft.actors.canaries import Canaries
+from weft.transport.errors import VersionError
+from weft.transport.messages import AdapterRef
+
+REFS = [AdapterRef(name, 0, 1) for name in "abc"]
+
+
+class Compute:
+    """Answers with 0, -1, -2 for a, b, c; waits for `go`; `gone` are not there any more."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[AdapterRef]] = []
+        self.go, self.began = threading.Event(), threading.Event()
+        self.go.set()
+        self.gone: set[AdapterRef] = set()
+
+    def __call__(self, refs: Sequence[AdapterRef]) -> dict[AdapterRef, float | VersionError]:
+        self.calls.append(list(refs))
+        self.began.set()
+        assert self.go.wait(20)
+        return {ref: VersionError(f"{ref} is gone") if ref in self.gone else -float(REFS.index(ref)) for ref in refs}
+
+
+def run(test: Callable[[Compute, Canaries], Awaitable[None]]) -> None:
+    async def within() -> None:
+        compute = Compute()
+        canaries = Canaries(compute, lambda: None)
+        try:
+            async with asyncio.timeout(30):
+                await test(compute, canaries)
+        finally:
+            compute.go.set()
+            canaries.thread.shutdown()
+
+    asyncio.run(within())
+
+
+def test_slabs_go_first_and_then_one_forward_is_for_all_that_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weft.actors.canaries.QUIET_S", 20.0)
+
+    async def test(compute: Compute, canaries: Canaries) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            with canaries.handing_over():
+                with canaries.handing_over():
+                    asking = [tasks.create_task(canaries.ask(ref)) for ref in REFS]
+                    for _ in range(20):
+                        await asyncio.sleep(0)
+                assert not compute.calls, "one is still handed over"
+        assert [task.result() for task in asking] == [0.0, -1.0, -2.0]
+        assert compute.calls == [REFS]
+
+    run(test)
+
+
+def test_slabs_without_end_hold_up_no_canary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weft.actors.canaries.QUIET_S", 0.01)
+
+    async def test(compute: Compute, canaries: Canaries) -> None:
+        with canaries.handing_over():
+            assert await canaries.ask(REFS[1]) == -1.0
+
+    run(test)
+
+
+def test_a_version_that_is_gone_fails_alone() -> None:
+    async def test(compute: Compute, canaries: Canaries) -> None:
+        compute.gone = {REFS[0]}
+        found = await asyncio.gather(*map(canaries.ask, REFS), return_exceptions=True)
+        assert isinstance(found[0], VersionError)
+        assert found[1:] == [-1.0, -2.0]
+
+    run(test)
+
+
+def test_whoever_asks_no_more_takes_nobodys_canary_along() -> None:
+    """The first to ask has all computed; it may go away in the middle of that."""
+
+    async def test(compute: Compute, canaries: Canaries) -> None:
+        compute.go.clear()
+        async with asyncio.TaskGroup() as tasks:
+            first, *others = [tasks.create_task(canaries.ask(ref)) for ref in (REFS[0], REFS[0], REFS[1], REFS[2])]
+            await asyncio.to_thread(compute.began.wait, 20)
+            first.cancel()
+            compute.go.set()
+        assert [task.result() for task in others] == [0.0, -1.0, -2.0]
+
+    run(test)
