@@ -49,7 +49,7 @@ FEW = Settings(0, 256, 256, False, 1056, 4, 1, 256, 396, 4, 2)
 SOME = Settings(0, 128, 512, False, 1056, 4, 3, 256, 396, 4, 2)
 MANY = Settings(2, 64, 1280, True, 528, 4, 4, 128, 264, 4, 3)
 LIMITS = ((64, FEW), (512, SOME))
-WIDE = 8192  # inputs of a linear whose chunks are longer, lest expand have too many sums to add up
+WIDE = 4096  # inputs of a linear whose chunks are longer, lest expand have too many sums to add up
 NARROW_RANK = 32  # of which the settings are; what is wider has as much less of the other side
 MOST_CHUNKS = 40
 AHEAD = tl.constexpr(32768)  # bytes that a program of expand has brought to the cache before its turn: all of them must fit
@@ -59,7 +59,7 @@ def settings(tokens: int, rank: int, inputs: int) -> Settings:
     """By the tokens of a launch, which a graph has fixed; rank: the widest; inputs: columns of x."""
     chosen = next((own for limit, own in LIMITS if tokens <= limit), MANY)
     if inputs >= WIDE and chosen is not MANY:
-        chosen = chosen._replace(depth=128, chunk=1024, shrink_stages=4)
+        chosen = chosen._replace(depth=128, chunk=512, shrink_stages=4)
     times = max(1, triton.next_power_of_2(rank) // NARROW_RANK)
     return chosen._replace(depth=max(32, chosen.depth // times), columns=max(32, chosen.columns // times))
 
