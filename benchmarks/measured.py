@@ -19,12 +19,25 @@ import numpy as np
 from weft.actors.param_sync import ParamSync
 from weft.actors.sampler import Sampler
 from weft.actors.trainer import Trainer
-from weft.transport.messages import Distribute, Done, Install, Load, OptimStep, Publish, Receive, Save, Saved, TrainStep
+from weft.transport.messages import (
+    AskCanary,
+    Distribute,
+    Done,
+    Install,
+    Load,
+    OptimStep,
+    Publish,
+    Receive,
+    Save,
+    Saved,
+    TrainStep,
+)
 
 GAPS_FILE, NOTES_FILE = "gaps.npy", "{}.json"
 NUMBERED = re.compile(r"a-(\d+)")  # the adapters of param_sync.py
 THEIR_ID = 1_000_000  # of the adapter that vLLM loads itself: none of ours
 Notes = dict[str, dict[str, float]]  # by version's name: when each hop was passed
+CANARIES = ("canary_trainer", "canary_sampler", "canary_base")  # log-probabilities, among the notes of a version
 
 
 class _Noting:
@@ -43,8 +56,8 @@ class _Noting:
 
 
 class MeasuredTrainer(Trainer):
-    """optimized: the optimizer's kernels have run; stepped: the reply of the step goes out, canaries and all; handed: the slab
-    is in its box."""
+    """optimized: the optimizer's kernels have run; stepped: the reply of the step goes out; handed: the slab is in its box;
+    scored: its canary is known. And that canary, and the base's."""
 
     async def start(self) -> None:
         await super().start()
@@ -69,7 +82,13 @@ class MeasuredTrainer(Trainer):
                 self._noting.note(ref, "publish_began")
                 handle = await super().handle(message)
                 self._noting.note(ref, "handed")
+                self._noting.notes[str(ref)]["canary_base"] = handle.base_logprob
                 return handle
+            case AskCanary(ref):
+                canary = await super().handle(message)
+                self._noting.note(ref, "scored")
+                self._noting.notes[str(ref)]["canary_trainer"] = canary.logprob
+                return canary
             case TrainStep() | OptimStep():
                 results = await super().handle(message)
                 for result in results.results:
@@ -118,7 +137,7 @@ class MeasuredParamSync(ParamSync):
 
 class MeasuredSampler(Sampler):
     """heard: Receive is here; told, came, live: the worker's; install_began, applied: vLLM knows it; offered: its canary is
-    right. And when tokens come."""
+    right. And when tokens come, and each version's canary here."""
 
     async def start(self) -> None:
         await super().start()
@@ -144,10 +163,18 @@ class MeasuredSampler(Sampler):
             yield newest
 
         self._engine._llm.generate = generate
+        score = self._engine.score
 
-    async def _check_canary(self, version: Any, handle: Any) -> None:
+        async def noting(tokens: Sequence[int], version: Any) -> float:
+            found = await score(tokens, version)
+            self._noting.notes.setdefault(str(version.ref), {})["canary_sampler"] = found
+            return found
+
+        self._engine.score = noting  # type: ignore[method-assign]
+
+    async def _check_canary(self, version: Any, announced: Any) -> None:
         self._noting.note(version.ref, "applied")
-        await super()._check_canary(version, handle)
+        await super()._check_canary(version, announced)
 
     async def handle(self, message: object) -> object:
         match message:

