@@ -17,6 +17,7 @@ test: lint
 smoke: $(READY)
 	$(BIN)/python benchmarks/experiments.py --smoke
 	$(BIN)/python benchmarks/param_sync.py --smoke
+	$(BIN)/python benchmarks/learning.py --smoke
 	$(BIN)/python benchmarks/decode.py --smoke
 
 lint: $(READY)

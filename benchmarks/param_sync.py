@@ -100,6 +100,7 @@ async def theirs(bench: Bench, times: int) -> dict[str, Any]:
         began = time.monotonic()
         await member.request(Load(bench.ref(adapter), str(folder)))
         seconds.append(time.monotonic() - began)
+    shutil.rmtree(folder, ignore_errors=True)
     return {"first_ms": round(seconds[0] * 1e3, 3), "warm_ms": spread_ms(seconds[1:])}
 
 
