@@ -260,9 +260,11 @@ class Sampler:
         why = "it is not the adapter that the trainer published"
         if abs(found - base) <= allowed:
             why = "the engine samples as the base model, without the adapter"
+        proofs = await self._engine.call_each("slab_prove", version.lora_id)
+        stands = next((proof for proof in proofs if proof), "the engine holds to the bit what was packed")
         raise InstallError(
             f"sampler {self._index}: canary of {version.ref} has log-probability {found:.5f}, the trainer's is "
-            f"{wanted:.5f}, the base's {base:.5f} (tolerance {allowed:.5f}): {why}"
+            f"{wanted:.5f}, the base's {base:.5f} (tolerance {allowed:.5f}): {why}; {stands}"
         )
 
     async def _remove_retired(self) -> None:

@@ -2,7 +2,9 @@
 
     slab_receive ──> a free slot of vLLM's stacked buffers is claimed
                      side thread: broadcast (or bytes) ──> kernels.pack into the slot ──> live    the engine never waits
+                                  ──> what came is what was sent, and what stands in the slot is what was packed
     slab_install ──> known to vLLM by its id, as it is before the first step that names it
+    slab_prove   ──> whether what stands in the slot is still that
     slab_remove  ──> the slot is free
 
 vLLM imports this module in the process of its engine alone, before the model is loaded, and mixes `SamplerExtension`
@@ -16,13 +18,10 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
-import queue
 import signal
-import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,16 +35,12 @@ from weft.actors.checksum import checksum
 from weft.actors.lora import SlabLayout, linear_shapes
 from weft.actors.sampler_lora import use_grouped_lora
 from weft.actors.shards import part_of
-from weft.kernels.pack import Places, pair_targets, scatter_slab
-from weft.transport.broadcast import BroadcastGroup
-from weft.transport.errors import PeerDiedError
+from weft.actors.slab_line import Line
+from weft.kernels.pack import Places, pair_targets, scatter_slab, sum_slot
 
-Then = Callable[[torch.Tensor | BaseException], None]
 PENDING, INSTALLED = "pending", "installed"
 MAX_FORMS = 64  # layouts whose places are kept; an adapter has one
 MAX_TIMES = 64  # arrivals whose time is kept
-MAX_WAITING = 64  # slabs on their way over one group
-SWITCH_S = 5e-4  # Python's own 5e-3 is what a slab's thread would wait for each time while the engine schedules a step
 MAX_LINES = 16  # groups kept; a relay keeps no more, and never comes back to an epoch that it has left
 
 
@@ -95,57 +90,11 @@ class _Arrival:
     slot: int | None
     checksum: int  # 0: not known
     raw: torch.Tensor | None = None
+    packed: int = 0  # the sum over its slot (kernels.pack.sum_slot) as it was filled
     discarded: bool = False
     told: float = field(default_factory=time.monotonic)
     came: float = 0.0
     settled: Future[None] = field(default_factory=Future)
-
-
-class _Line:
-    """One broadcast group and the thread that receives over it, in the order of broadcasting, which may not be that of asking.
-    A fault ends it and what waits."""
-
-    def __init__(self, group: dict[str, Any], device: torch.device, stream: Any) -> None:
-        """stream: which no step runs on; what is received is allocated on it."""
-        self._link = BroadcastGroup(**group)
-        self._device, self._stream = (device, stream) if group["backend"] == "nccl" else (torch.device("cpu"), None)
-        self._jobs: queue.Queue[tuple[int, int, Then] | None] = queue.Queue(MAX_WAITING)
-        self.broken: BaseException | None = None
-        if self._stream is not None:
-            sys.setswitchinterval(SWITCH_S)
-        threading.Thread(target=self._serve, name=f"weft-{group['epoch']}", daemon=True).start()
-
-    def receive(self, sequence: int, nbytes: int, then: Then) -> None:
-        """`then` gets broadcast number `sequence` (uint8), or why it did not come. Raises queue.Full when too many wait."""
-        self._jobs.put_nowait((sequence, nbytes, then))
-
-    def close(self) -> None:
-        """Leave the group; what still waits for it fails."""
-        self._link.close()
-        self._jobs.put(None)
-
-    def _serve(self) -> None:
-        early: dict[int, tuple[int, Then]] = {}
-        next_one = 0
-        while (job := self._jobs.get()) is not None:
-            early[job[0]] = job[1:]
-            while early and (next_one in early or self.broken is not None):
-                self._bring(*early.pop(next_one if next_one in early else min(early)))
-                next_one += 1
-        for _, then in early.values():
-            then(PeerDiedError("the group was left before this broadcast"))
-
-    def _bring(self, nbytes: int, then: Then) -> None:
-        try:
-            with torch.cuda.stream(self._stream):  # on the engine's own it could be memory that a step still reads
-                raw = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-            self._link.broadcast(raw)
-        except Exception as error:  # noqa: BLE001 whatever it is, the waiting install reports it; the group is lost
-            self._link.close()
-            self.broken = error
-            then(error)
-        else:
-            then(raw)
 
 
 class SamplerExtension:
@@ -156,7 +105,7 @@ class SamplerExtension:
         return {}
 
     @cached_property
-    def weft_lines(self) -> dict[str, _Line]:
+    def weft_lines(self) -> dict[str, Line]:
         return {}
 
     @cached_property
@@ -172,6 +121,11 @@ class SamplerExtension:
     def weft_live(self) -> deque[_Arrival]:
         """In their slots, and not yet known to vLLM."""
         return deque()
+
+    @cached_property
+    def weft_proofs(self) -> dict[int, _Arrival]:
+        """Those that vLLM knows, by id."""
+        return {}
 
     @cached_property
     def weft_filling(self) -> threading.Lock:
@@ -251,10 +205,23 @@ class SamplerExtension:
                 assert arrival.raw is not None
                 self._settle(key, arrival, arrival.raw)
         except BaseException:
+            self._register()  # it may have been live before it was found wrong
+            self.weft_manager.remove_adapter(lora_id)
             self._free(lora_id)
             raise
         self._register()
+        self.weft_proofs[lora_id] = arrival
         return INSTALLED
+
+    def slab_prove(self, lora_id: int) -> str:
+        """Why the weights in the slot of this installed adapter are not those that were packed into it; nothing if they are."""
+        arrival = self.weft_proofs[lora_id]
+        assert arrival.slot is not None
+        if self.weft_manager.lora_index_to_id[arrival.slot] != lora_id:
+            return f"its slot {arrival.slot} has become that of {self.weft_manager.lora_index_to_id[arrival.slot]}"
+        with torch.cuda.stream(self.weft_stream if arrival.form.places.first.is_cuda else None):
+            stands = int(sum_slot(arrival.form.places, arrival.slot))
+        return "" if stands == arrival.packed else f"its slot {arrival.slot} has been written to since"
 
     def slab_discard(self, prefix: str) -> None:
         """Forget announced slabs that are not installed: of the key `prefix`, and of all below it (name/lineage/version)."""
@@ -268,6 +235,7 @@ class SamplerExtension:
         self._register()
         self.weft_manager.remove_adapter(lora_id)
         self._free(lora_id)
+        self.weft_proofs.pop(lora_id, None)
 
     def slab_statistics(self) -> dict[str, Any]:
         """pid of this process, the ids that the engine holds, and when the last slabs were announced, had come, were live."""
@@ -322,37 +290,43 @@ class SamplerExtension:
         with self.weft_filling:
             if arrival.discarded:
                 return
-            if fault := self._fill(arrival, raw):
+            if fault := self._fill(key, arrival, raw):
                 raise ValueError(f"{key}: {fault}")
-            self.weft_times.append((key, (arrival.told, arrival.came, time.monotonic())))
-            self.weft_live.append(arrival)
         arrival.raw = None
 
-    def _fill(self, arrival: _Arrival, raw: torch.Tensor) -> str:
-        """Fill the slot; returns why nobody may use it, if so."""
-        device = self.device  # type: ignore[attr-defined]
-        assert arrival.slot is not None
+    def _fill(self, key: str, arrival: _Arrival, raw: torch.Tensor) -> str:
+        """Fill the slot, which is live from then on. Returns why nobody may use it, if so: none does before it is installed."""
+        device, places, slot = self.device, arrival.form.places, arrival.slot  # type: ignore[attr-defined]
+        assert slot is not None
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        with torch.cuda.stream(self.weft_stream if device.type == "cuda" else None):  # not behind the engine's own work
-            there = raw.to(device, non_blocking=True).view(arrival.dtype)
-            words = checksum(there) if arrival.checksum else None
-            sick = scatter_slab(there, arrival.form.places, arrival.slot, arrival.scale)
-            if words is not None and int(words) != arrival.checksum:
+        # Not behind the engine's own work. What was received is complete, for its thread has waited (broadcast.py); and the
+        # engine's next step, on another stream, begins after this thread has waited for the device below.
+        with torch.cuda.stream(self.weft_stream if device.type == "cuda" else None):
+            there, sums = raw.to(device, non_blocking=True).view(arrival.dtype), places.sums()
+            if scatter_slab(there, places, slot, arrival.scale, sums).item():
+                return "not every weight is finite"
+            self.weft_times.append((key, (arrival.told, arrival.came, time.monotonic())))
+            self.weft_live.append(arrival)
+            stands, came = sum_slot(places, slot), checksum(there) if arrival.checksum else None  # after all that read or wrote
+            arrival.packed = int(sums.sum())
+            if came is not None and int(came) != arrival.checksum:
                 return "the bytes that came are not those that the trainer published"
-            return "not every weight is finite" if sick.item() else ""
+            if int(stands) != arrival.packed:
+                return "what stands in the engine's buffers is not what was packed into them"
+            return ""
 
     @cached_property
     def weft_stream(self) -> Any:
         return torch.cuda.Stream(self.device, priority=-1)  # type: ignore[attr-defined, no-untyped-call]
 
-    def _line(self, group: dict[str, Any]) -> _Line:
+    def _line(self, group: dict[str, Any]) -> Line:
         group = {**group, "rank": group["rank"] + self.rank}  # type: ignore[attr-defined]  # each worker is one of the group
         lines = self.weft_lines
         line = lines.pop(group["epoch"], None)
         if line is None or line.broken is not None:
             stream = self.weft_stream if group["backend"] == "nccl" else None
-            line = _Line(group, self.device, stream)  # type: ignore[attr-defined]
+            line = Line(group, self.device, stream)  # type: ignore[attr-defined]
         lines[group["epoch"]] = line  # the last is the one used last
         broken = [epoch for epoch, held in lines.items() if held.broken is not None]
         for epoch in broken + [epoch for epoch in lines if epoch not in broken][:-MAX_LINES]:

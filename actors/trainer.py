@@ -317,9 +317,10 @@ class Trainer:
         # a number of its own: what takes the slab of an earlier publish of this version removes that file, never this one
         path = self._slab_folder / f"{ref.name}-{ref.lineage}-{ref.version}-{os.getpid()}-{self._slabs_written}.slab"
         with self._own_version(ref) as adapter, self._store.hold([ref.name]) as (slabs,):
+            adding = checksum(slabs.weights)  # beside the copy into the box
             if self._boxes is not None:
                 self._boxes.put(slabs.weights, ref.name, path)
-            words = int(checksum(slabs.weights))
+            words = int(adding)
             raw = None if self._boxes is not None else slabs.weights.cpu().clone().view(torch.uint8).numpy()
         if raw is not None:
             path.parent.mkdir(parents=True, exist_ok=True)

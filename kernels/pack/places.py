@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 4096  # elements of one program
+SPREAD = 32  # numbers that a sum over a slot is spread over, for programs that add to one wait for each other
 FIELDS = 8
 
 
@@ -84,6 +85,10 @@ class Places:
             for t in self.targets
         ]
         return torch.tensor(rows, dtype=torch.int64).to(self.first.device)
+
+    def sums(self) -> Tensor:
+        """int64 [SPREAD], zero: what `scatter_slab` and `sum_slot` add to; its own sum is the slot's."""
+        return torch.zeros(SPREAD, dtype=torch.int64, device=self.first.device)
 
     @cached_property
     def work(self) -> Tensor:

@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from weft.actors.canary import canary_tokens
+from weft.actors.checksum import checksum
 from weft.actors.episode import seed_of
 from weft.actors.lora import SlabLayout, linear_shapes, resolve_targets
 from weft.actors.sampler import Sampler
@@ -133,7 +134,7 @@ class Reference:
         generator = torch.Generator().manual_seed(seed_of(ref))
         flat = torch.randn(layout.numel, generator=generator) * size
         data = flat.view(torch.uint8).numpy()
-        words = int(data.view(np.int16).sum(dtype=np.int64))
+        words = int(checksum(flat))
         handle = SlabHandle(ref, data.nbytes, "float32", rank, 2.0, modules, 0.0, 0.0, data=data, checksum=words)
         self.slabs[ref] = handle
         tokens = torch.tensor(canary_tokens(272))

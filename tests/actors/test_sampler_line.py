@@ -5,7 +5,7 @@ import random
 
 import torch
 
-from weft.actors import sampler_extension as extension
+from weft.actors.slab_line import Line
 from weft.transport.broadcast import BroadcastGroup, RendezvousStore
 from weft.transport.errors import PeerDiedError
 
@@ -14,7 +14,7 @@ def test_slabs_are_who_they_are_in_whatever_order_they_are_asked_for() -> None:
     store = RendezvousStore()
     root = BroadcastGroup(store.address, "1", 0, 2, "gloo", 30.0)
     group = {"store": store.address, "epoch": "1", "rank": 1, "world_size": 2, "backend": "gloo", "deadline_s": 30.0}
-    line = extension._Line(group, torch.device("cpu"), None)
+    line = Line(group, torch.device("cpu"), None)
     came: queue.Queue[tuple[int, torch.Tensor | BaseException]] = queue.Queue()
     slabs = [torch.full((number + 1,), number, dtype=torch.uint8) for number in range(12)]
 

@@ -29,12 +29,32 @@ def test_one_launch_writes_the_bits_of_the_reference(rank: int, absent: int, nar
     slab = torch.randn(numel, device=DEVICE).to(narrow)
     empty = {"fill_value": torch.nan, "dtype": wide, "device": DEVICE}
     made = [[(torch.full((3, 16, i), **empty), torch.full((3, o, 16), **empty)) for o, i in SHAPES] for _ in range(2)]
-    assert kernels.scatter_slab(slab, places_of(made[0], rank, absent), 1, 0.75).item() == 0
+    places = places_of(made[0], rank, absent)
+    sums = places.sums()
+    assert kernels.scatter_slab(slab, places, 1, 0.75, sums).item() == 0
+    assert kernels.sum_slot(places, 1) == sums.sum() == reference.sum_slot(places, 1)
     reference.scatter_slab(slab, places_of(made[1], rank, absent), 1, 0.75)
     for found, wanted in zip(made[0], made[1], strict=True):
         for one, other in zip(found, wanted, strict=True):
             assert torch.equal(one[1], other[1])
             assert one[[0, 2]].isnan().all()
+
+
+def test_what_changes_in_a_slot_changes_its_sum_and_so_do_two_elements_that_change_places() -> None:
+    made = {"device": DEVICE, "dtype": NARROW}
+    stacked = [(torch.randn(2, 16, i).to(**made), torch.randn(2, o, 16).to(**made)) for o, i in SHAPES]
+    places = places_of(stacked, 5)
+    before = int(kernels.sum_slot(places, 1))
+    stacked[0][0][0].zero_()
+    assert int(kernels.sum_slot(places, 1)) == before, "another slot"
+    last = stacked[3][1][1].view(-1)
+    last[-1] += 1
+    assert int(kernels.sum_slot(places, 1)) != before
+    last[-1] -= 1
+    one, other = stacked[1][0][1, 3, 7].clone(), stacked[2][1][1, 0, 2].clone()
+    before = int(kernels.sum_slot(places, 1))
+    stacked[1][0][1, 3, 7], stacked[2][1][1, 0, 2] = other, one
+    assert int(kernels.sum_slot(places, 1)) != before
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
