@@ -13,6 +13,7 @@ import asyncio
 import os
 import time
 import traceback
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,7 @@ from weft.transport.messages import (
     SamplerStatistics,
 )
 
+KEPT = 256  # canaries, for who asks whether engine and trainer drift apart
 _FIRST_POLL_S, _LAST_POLL_S = 0.0003, 0.01  # between two looks at a slab that is on its way; doubles
 
 
@@ -96,6 +98,7 @@ class Sampler:
         self._adapters: dict[str, _Adapter] = {}
         self._announced: dict[AdapterRef, _Announced] = {}
         self._installing: dict[AdapterRef, asyncio.Event] = {}
+        self.canaries: deque[tuple[str, float, float]] = deque(maxlen=KEPT)  # version, the engine's, the trainer's
         self._removal = asyncio.Lock()
         self._in_flight = self._installs = 0
         self._busy = _BusyClock()
@@ -254,6 +257,7 @@ class Sampler:
                 wanted = await announced.canary
         except TimeoutError as error:
             raise InstallError(f"sampler {self._index}: the trainer's canary of {version.ref} did not come") from error
+        self.canaries.append((str(version.ref), found, wanted))
         allowed = canary_allowance(self._dtype)
         if abs(found - wanted) <= allowed:
             return

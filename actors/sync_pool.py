@@ -83,10 +83,11 @@ class ParamSyncPool:
                             if self._held.get(ref.name, {}).get(sampler) not in (supersedes, ref):
                                 await self._retire(ref.name, sampler)
                         done = await self._distribute(handle, there, supersedes)
-                    except WeftError:
+                    except WeftError as error:
                         attempt = 1 if world != self._world() else attempt + 1
                         if attempt >= ATTEMPTS:
                             raise
+                        _log.warning("%s is not installed, attempt %d of %d: %s", ref, attempt, ATTEMPTS, error)
                     else:
                         self._note_installed(ref, there)
                         await self._withdraw(ref.name)
