@@ -19,6 +19,7 @@ from torch import Tensor
 from weft.actors.adapter_store import AdapterStore
 from weft.actors.learner import Adapter, Learner
 from weft.transport.broadcast import BroadcastGroup
+from weft.transport.errors import PeerDiedError, TransportError
 from weft.transport.messages import StepResult, TrainBatch, TrainShare
 
 ELSEWHERE = "another trainer could not take its part of the batch"
@@ -108,9 +109,11 @@ class SharedSteps:
             with self._store.hold([adapter.name]) as (slabs,):
                 assert slabs.gradient is not None
                 self._add_up(message, slabs.gradient)
-        except BaseException:
+        except BaseException as error:
             self._forget(adapter)
             self.end(message.epoch)
+            if isinstance(error, PeerDiedError):  # which a caller would read as the death of this process
+                raise TransportError(f"another trainer went: {error}") from error
             raise
         (result,) = optim_step([adapter])
         return replace(result, tokens=len(batch.tokens), metrics={**metrics, **result.metrics})

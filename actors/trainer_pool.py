@@ -30,6 +30,8 @@ from weft.transport.broadcast import RendezvousStore
 from weft.transport.errors import AdapterFault, DeadlineError, PeerDiedError, WeftError
 from weft.transport.messages import AdapterRef, Saved, SlabHandle, StepResults, TrainBatch
 
+NOTICE_S = 2.0  # by which the notice of a death may come later than the errors that it causes
+ATTEMPTS = 3  # of one shared step that no trainer has taken though none has died
 _log = logging.getLogger(__name__)
 
 
@@ -84,10 +86,11 @@ class TrainerPool:
     ) -> None:
         """folder: where a state is while its adapter moves, best in shared memory; None: the system's temporary folder.
         adapters: that are known to come; if they are fewer than the trainers, these are shared out among them. backend: of the
-        sums of their gradients."""
+        sums of their gradients, as SyncConfig has it."""
         self._members = members
         self._expected = adapters or len(members)
-        self._backend = backend
+        self._backend = "gloo" if backend == "gloo" else "nccl"  # in use
+        self._may_fall_back = backend == "nccl-or-gloo"
         self._store: RendezvousStore | None = None
         self._epochs: dict[_Home, str] = {}
         self._folder = Path(folder or tempfile.gettempdir())
@@ -132,12 +135,15 @@ class TrainerPool:
             raise
 
     def _new_home(self, name: str) -> _Home:
-        """The trainer with the fewest adapters; where adapters are fewer than trainers, an even part of those without one."""
+        """The trainer with the fewest adapters, of none that several share if there is another: who shares waits for all. Where
+        adapters are fewer than trainers, an even part of those without one."""
         others = {other: home for other, home in self._home.items() if other != name}
         count = {member: sum(self._lives[member] in home for home in others.values()) for member in self._members}
         to_come = max(self._expected - len(others), 1)
         empty = sum(not number for number in count.values())
-        chosen = sorted(self._members, key=count.__getitem__)[: max(math.ceil(empty / to_come), 1)]
+        shared = {life for home in others.values() if len(home) > 1 for life in home}
+        best = sorted(self._members, key=lambda member: (self._lives[member] in shared, count[member]))
+        chosen = best[: max(math.ceil(empty / to_come), 1)]
         return tuple(self._lives[member] for member in chosen)
 
     async def drop(self, name: str) -> None:
@@ -154,9 +160,10 @@ class TrainerPool:
             _log.warning("%s may still hold %s, which has left: %s", home.member.name, name, error)
 
     async def move(self, ref: AdapterRef, busy: Collection[Hashable]) -> bool:
-        """To the trainer with the fewest adapters of those that are not `busy`, state and all. False: there is none, or that
-        one could not take it, and all is as it was. Raises PeerDiedError when the process that has it dies."""
+        """To the trainer with the fewest adapters of those that are neither `busy` nor shared, state and all. False: there is
+        none, or it could not take it, and all is as it was. Raises PeerDiedError when the process that has it dies."""
         at_work = {life for home in busy if isinstance(home, tuple) for life in home}
+        at_work |= {life for home in self._home.values() if len(home) > 1 for life in home}
         home, *others = self._home[ref.name]
         free = [m for m in self._members if m.ready and self._lives[m] not in {home, *at_work, *self._moving_to}]
         if not free or others:
@@ -206,27 +213,69 @@ class TrainerPool:
         return replace(results, trainer=self._members.index(home[0].member))
 
     async def _share(self, batch: TrainBatch, home: _Home) -> StepResults:
-        """One step on all of these trainers. Whatever goes wrong with one ends it for all: PeerDiedError."""
+        """One step on all of these trainers. Raises PeerDiedError when one dies, or has stepped where another could not: what
+        they hold is one state no more. What none has taken though all live is tried again, and then raised as it is."""
+        parts = split(batch, len(home))
+        for attempt in range(1, ATTEMPTS + 1):
+            done = await self._take_shares(parts, home)
+            results = [one for one in done if isinstance(one, StepResults)]
+            if len(results) == len(home):
+                return StepResults((join(parts, [one.results[0] for one in results]),), max(one.seconds for one in results))
+            failure = next(one for one in done if isinstance(one, WeftError))
+            why = await self._death(home)
+            if why or results:
+                raise PeerDiedError(why or f"a step on {len(home)} trainers: {failure}") from failure
+            if self._backend == "nccl" and self._may_fall_back:
+                self._backend = "gloo"
+                _log.warning("shared steps go through the host (gloo) from now on, since over nccl: %s", failure)
+            elif attempt == ATTEMPTS:
+                raise failure
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _take_shares(self, parts: Sequence[TrainBatch], home: _Home) -> list[StepResults | WeftError]:
+        """What each of these trainers says to its part. When one fails, the others wait for it no more."""
         self._store = self._store or RendezvousStore()
         epoch = self._epochs.setdefault(home, uuid.uuid4().hex[:12])
-        parts = split(batch, len(home))
-        store, size = self._store.address, len(home)
-        shares = [
-            messages.TrainShare(part, store, epoch, rank, size, self._backend, self._deadline_s)
-            for rank, part in enumerate(parts)
-        ]
+        store, size, ended = self._store.address, len(home), False
+
+        async def end() -> None:
+            nonlocal ended
+            if not ended:
+                ended = True
+                await self._end_share(home, epoch)
+
+        async def take(rank: int) -> StepResults | WeftError:
+            share = messages.TrainShare(parts[rank], store, epoch, rank, size, self._backend, self._deadline_s)
+            try:
+                done: StepResults = await home[rank].request(share)
+            except WeftError as error:
+                await end()
+                return error
+            return done
+
         try:
-            done = await together(*(life.request(share) for life, share in zip(home, shares, strict=True)))
-        except BaseException as error:
-            self._epochs.pop(home, None)
-            self._store.dissolve(epoch)
-            for life in home:
-                with suppress(WeftError):  # who is dead waits for nobody
-                    await life.request(messages.EndShare(epoch), self._deadline_s)
-            if isinstance(error, WeftError):
-                raise PeerDiedError(_why(home) or f"a step on {len(home)} trainers: {error}") from error
+            return await together(*map(take, range(size)))
+        except BaseException:
+            await end()
             raise
-        return StepResults((join(parts, [one.results[0] for one in done]),), max(one.seconds for one in done))
+
+    async def _end_share(self, home: _Home, epoch: str) -> None:
+        """Whoever waits in this group waits no more."""
+        self._epochs.pop(home, None)
+        assert self._store is not None
+        self._store.dissolve(epoch)
+        for life in home:
+            with suppress(WeftError):  # who is dead waits for nobody
+                await life.request(messages.EndShare(epoch), self._deadline_s)
+
+    async def _death(self, home: _Home) -> str:
+        """Why one of these trainers died; nothing if none is known to be dead soon."""
+        async with asyncio.TaskGroup() as tasks:
+            waiting = [tasks.create_task(life.wait_end()) for life in home]
+            await asyncio.wait(waiting, timeout=NOTICE_S, return_when=asyncio.FIRST_COMPLETED)
+            for task in waiting:
+                task.cancel()
+        return _why(home)
 
     async def save(self, ref: AdapterRef, folder: str) -> Saved:
         saved: Saved = await self._home[ref.name][0].request(messages.Save(ref, folder))
@@ -260,8 +309,9 @@ class TrainerPool:
         """Nothing: a fresh trainer is empty until the pipeline adds to it."""
 
     async def lost(self, member: Member) -> None:
-        self._lives[member].end(member.last_death)
-        self._lives[member] = _Life(member)
+        life, self._lives[member] = self._lives[member], _Life(member)
+        life.end(member.last_death)
+        self._epochs = {home: epoch for home, epoch in self._epochs.items() if life not in home}
 
     def _count(self, member: Member) -> int:
         return sum(self._lives[member] in home for home in self._home.values())

@@ -80,7 +80,7 @@ async def open_pools(
         cluster.start_deadline_s,
         shared_folder,
         len(config.adapters),
-        "gloo" if cluster.sync.backend == "gloo" else "nccl",
+        cluster.sync.backend,
     )
     clock = asyncio.get_running_loop().time
     affinity = Affinity(cluster.samplers, cluster.sampler.max_num_seqs, *version_places(config), clock)

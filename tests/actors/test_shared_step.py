@@ -23,9 +23,10 @@ from weft.actors.shared_step import join, split
 from weft.actors.trainer import Trainer
 from weft.actors.trainer_pool import TrainerPool
 from weft.configs.schema import AdapterConfig, LoraConfig, LossConfig, TrainerConfig
+from weft.transport import messages
 from weft.transport.broadcast import BroadcastGroup, RendezvousStore
 from weft.transport.channel import Client, Server
-from weft.transport.errors import PeerDiedError
+from weft.transport.errors import PeerDiedError, WeftError
 from weft.transport.messages import AdapterRef, StepResult, TrainBatch
 
 STEPS = 3
@@ -77,7 +78,9 @@ class Process:
 
 
 @asynccontextmanager
-async def trainers(base: Path, folder: Path, number: int, adapters: int) -> AsyncIterator[tuple[TrainerPool, list[Process]]]:
+async def trainers(
+    base: Path, folder: Path, number: int, adapters: int, backend: str = "gloo"
+) -> AsyncIterator[tuple[TrainerPool, list[Process]]]:
     alive: list[Process] = []
 
     async def spawn(index: int) -> Process:
@@ -86,7 +89,7 @@ async def trainers(base: Path, folder: Path, number: int, adapters: int) -> Asyn
 
     async with asyncio.timeout(120), asyncio.TaskGroup() as tasks:
         members = [Member(f"trainer-{index}", partial(spawn, index), Client) for index in range(number)]
-        pool = TrainerPool(members, 60.0, str(folder), adapters)
+        pool = TrainerPool(members, 60.0, str(folder), adapters, backend)
         kept = [
             tasks.create_task(member.keep(partial(pool.prepare, member), partial(pool.lost, member))) for member in members
         ]
@@ -152,7 +155,8 @@ def test_one_of_two_dies_within_a_step_it_is_the_adapters_death_and_both_have_it
             async with asyncio.TaskGroup() as tasks:
                 step = tasks.create_task(died(pool, batch("a", STEPS, rows=7)))
                 lost = tasks.create_task(pool.wait_lost("a"))
-                await asyncio.sleep(0.3)  # not a wait: any moment is as good as another
+                (well,) = [member for member in pool._members if member.endpoint == alive[0].endpoint]
+                assert (await well.request(messages.GetStatistics())).steps == STEPS  # it answers when the step has begun
                 assert not step.done()
                 os.kill(alive[1].pid, signal.SIGKILL)
             assert step.result() == lost.result(), "one death in one set of words"
@@ -190,14 +194,36 @@ def test_what_one_trainer_cannot_take_no_trainer_takes_and_the_next_step_is_take
     asyncio.run(law())
 
 
+def test_where_nccl_cannot_be_had_the_same_step_goes_through_the_host_if_that_is_allowed_and_nobody_counts_as_dead(
+    trainer_base: Path, tmp_path: Path, batch: MakeBatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def law(backend: str) -> None:
+        async with trainers(trainer_base, tmp_path / backend, 2, 1, backend) as (pool, alive):
+            await pool.add(config(), 0)
+            home = pool.home("a")
+            if backend == "nccl":
+                with pytest.raises(WeftError, match=r"nccl|CUDA|NVIDIA"):
+                    await pool.step([batch("a", 0, rows=7)])
+            else:
+                await train(pool, batch)
+            assert pool.home("a") == home and len(alive) == 2
+            assert not any(life.ended for life in pool._home["a"])
+
+    asyncio.run(law("nccl-or-gloo"))
+    assert "go through the host (gloo) from now on" in caplog.text
+    asyncio.run(law("nccl"))
+
+
 def test_trainers_are_shared_out_evenly_and_one_each_where_adapters_are_as_many(trainer_base: Path, tmp_path: Path) -> None:
     async def law() -> None:
         async with trainers(trainer_base, tmp_path, 3, 2) as (pool, _):
             for name in ("a", "b", "c"):
                 await pool.add(AdapterConfig(name), 0)
-            homes = [pool.home(name) for name in ("a", "b", "c")]
-            assert [len(home) for home in homes] == [2, 1, 1]  # type: ignore[arg-type]
-            assert not set(homes[0]) & set(homes[1])  # type: ignore[call-overload]
+            homes = [set(pool._home[name]) for name in ("a", "b", "c")]
+            assert [len(home) for home in homes] == [2, 1, 1]
+            assert homes[1] == homes[2] and not homes[0] & homes[1], "who shares waits for all: nobody else lives there"
+            ref = AdapterRef("b", 0, 0)
+            assert not await pool.move(ref, [pool.home("b")]), "nor moves there"
 
     asyncio.run(law())
 
