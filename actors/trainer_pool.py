@@ -107,7 +107,7 @@ class TrainerPool:
         """Launches that run at once: one on each trainer."""
         return len(self._members)
 
-    def home(self, name: str) -> Hashable:
+    def home(self, name: str) -> _Home:
         """The processes that hold this adapter, dead or alive."""
         return self._home[name]
 
@@ -159,10 +159,10 @@ class TrainerPool:
         except DeadlineError as error:  # its memory is lost to the others, and nothing else
             _log.warning("%s may still hold %s, which has left: %s", home.member.name, name, error)
 
-    async def move(self, ref: AdapterRef, busy: Collection[Hashable]) -> bool:
+    async def move(self, ref: AdapterRef, busy: Collection[tuple[Hashable, ...]]) -> bool:
         """To the trainer with the fewest adapters of those that are neither `busy` nor shared, state and all. False: there is
         none, or it could not take it, and all is as it was. Raises PeerDiedError when the process that has it dies."""
-        at_work = {life for home in busy if isinstance(home, tuple) for life in home}
+        at_work = {life for home in busy for life in home}
         at_work |= {life for home in self._home.values() if len(home) > 1 for life in home}
         home, *others = self._home[ref.name]
         free = [m for m in self._members if m.ready and self._lives[m] not in {home, *at_work, *self._moving_to}]
@@ -208,9 +208,12 @@ class TrainerPool:
         if len(home) > 1:
             done = [await self._share(batch, home) for batch in batches]
             results = StepResults(tuple(one.results[0] for one in done), sum(one.seconds for one in done))
+            parts = {batch.ref.name: split(batch, len(home)) for batch in batches}
+            shares = [{name: len(own[rank].tokens) for name, own in parts.items()} for rank in range(len(home))]
         else:
-            results = await home[0].request(messages.TrainStep(tuple(batches)))
-        return replace(results, trainer=self._members.index(home[0].member))
+            results, shares = await home[0].request(messages.TrainStep(tuple(batches))), []
+        numbers = [self._members.index(life.member) for life in home]
+        return replace(results, trainer=numbers[0], shares=tuple(zip(numbers, shares, strict=False)))
 
     async def _share(self, batch: TrainBatch, home: _Home) -> StepResults:
         """One step on all of these trainers. Raises PeerDiedError when one dies, or has stepped where another could not: what

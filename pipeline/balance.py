@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 
 PATIENCE = 10.0
+KEPT = 64  # homes whose regret is remembered: those of trainers that have died are never heard of again
 FIRST_MOVE_S = 1.0  # what a move is taken to cost before one was made
 
 
@@ -35,8 +36,10 @@ class Balance:
     def note_wait(self, home: Hashable, seconds: float) -> None:
         """A batch was launched at this home that had waited so long while another trainer was idle. What is done without such
         a wait is forgiven the home, half of its regret at a time."""
-        regret = self._regret.get(home, 0.0)
+        regret = self._regret.pop(home, 0.0)
         self._regret[home] = regret + seconds if seconds > 0 else regret / 2
+        if len(self._regret) > KEPT:
+            del self._regret[next(iter(self._regret))]
 
     def asks_for_move(self, home: Hashable) -> bool:
         """Whether an adapter that would wait here should move. Once: the regret is gone with the question."""

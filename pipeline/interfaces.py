@@ -64,8 +64,9 @@ class Trainers(Protocol):
     def capacity(self) -> int:
         """Launches that run at once: one on each trainer."""
 
-    def home(self, name: str) -> Hashable:
-        """The process, or processes, that hold this adapter, dead or alive. Adapters of one home may share a launch."""
+    def home(self, name: str) -> tuple[Hashable, ...]:
+        """The processes that hold this adapter, dead or alive: one, where it is not shared. Adapters of one home may share a
+        launch."""
 
     async def wait_ready(self) -> None: ...
 
@@ -74,7 +75,7 @@ class Trainers(Protocol):
 
     async def drop(self, name: str) -> None: ...
 
-    async def move(self, ref: AdapterRef, busy: Collection[Hashable]) -> bool:
+    async def move(self, ref: AdapterRef, busy: Collection[tuple[Hashable, ...]]) -> bool:
         """To a trainer that is none of `busy`, with all its state, to the bit; meanwhile it may be published, not trained.
         False: there is none, or it could not be; then it is where it was."""
 

@@ -160,7 +160,7 @@ class Stepped:
 @dataclass(eq=False)
 class _Submission:
     batch: TrainBatch
-    home: Hashable
+    home: tuple[Hashable, ...]
     on_launch: Callable[[], None]
     submitted: float
     idle_before: float  # how long some trainer had been idle by then
@@ -184,7 +184,8 @@ class StepScheduler:
         clock: Clock,
         on_end: Callable[[int, float, Mapping[str, int]], None] = lambda trainer, seconds, tokens: None,
     ) -> None:
-        """on_end: told of each launch which trainer ran it, its seconds, and the packed tokens of each adapter."""
+        """on_end: told of each launch which trainer ran it, its seconds, and the packed tokens of each adapter; of a shared one
+        so of each of its trainers, with the tokens that went there."""
         self._trainers = trainers
         self._token_budget = token_budget
         self._tasks = tasks
@@ -192,7 +193,7 @@ class StepScheduler:
         self._on_end = on_end
         self._meter = LoadMeter(clock)
         self._pending: list[_Submission] = []
-        self._launching: set[Hashable] = set()  # homes
+        self._launching: set[tuple[Hashable, ...]] = set()  # homes
         self._balance = Balance(clock)
 
     async def submit(self, batch: TrainBatch, on_launch: Callable[[], None] = lambda: None) -> Stepped:
@@ -202,7 +203,7 @@ class StepScheduler:
         """
         submitted, idle_before = self._clock(), self._balance.idle_seconds
         home = self._trainers.home(batch.ref.name)
-        if home in self._launching and len(self._launching) < self._trainers.capacity and self._balance.asks_for_move(home):
+        if home in self._launching and self._is_one_idle() and self._balance.asks_for_move(home):
             if await self._trainers.move(batch.ref, self._launching):  # one that was not made says nothing of what one costs
                 self._balance.note_move(self._clock() - submitted)
             home, idle_before = self._trainers.home(batch.ref.name), self._balance.idle_seconds
@@ -210,7 +211,7 @@ class StepScheduler:
         self._pending.append(submission)
         if home not in self._launching:
             self._launching.add(home)
-            self._balance.set_idle(len(self._launching) < self._trainers.capacity)
+            self._balance.set_idle(self._is_one_idle())
             self._tasks.create_task(self._launch(home))
         try:
             return await submission.stepped
@@ -219,11 +220,11 @@ class StepScheduler:
                 self._pending.remove(submission)
 
     def statistics(self) -> PoolStatistics:
-        """The trainers, in launches."""
+        """The trainers: in flight are those that have a launch."""
         return self._meter.statistics(self._trainers.capacity, len(self._pending))
 
-    async def _launch(self, home: Hashable) -> None:
-        """Launch on one trainer until nobody waits for it.
+    async def _launch(self, home: tuple[Hashable, ...]) -> None:
+        """Launch on one home until nobody waits for it.
 
         Begins a turn of the loop after the first submission, so all that come at once share.
         """
@@ -237,9 +238,13 @@ class StepScheduler:
                 await self._step(chosen)
         finally:
             self._launching.discard(home)
-            self._balance.set_idle(len(self._launching) < self._trainers.capacity)
+            self._balance.set_idle(self._is_one_idle())
 
-    def _waiting(self, home: Hashable) -> list[_Submission]:
+    def _is_one_idle(self) -> bool:
+        """Whether some trainer has no launch."""
+        return sum(map(len, self._launching)) < self._trainers.capacity
+
+    def _waiting(self, home: tuple[Hashable, ...]) -> list[_Submission]:
         return [submission for submission in self._pending if submission.home == home]
 
     def _choose(self, waiting: list[_Submission]) -> list[_Submission]:
@@ -251,19 +256,19 @@ class StepScheduler:
         return chosen
 
     async def _step(self, chosen: list[_Submission]) -> None:
-        began = self._clock()
-        self._meter.change(1, self._trainers.capacity)
+        began, home = self._clock(), chosen[0].home
+        self._meter.change(len(home), self._trainers.capacity)
         try:
             results = await self._trainers.step([submission.batch for submission in chosen])
         except Exception as error:  # noqa: BLE001 nothing is swallowed: it is raised again in every adapter that waits for this launch
-            lost = [*chosen, *self._waiting(chosen[0].home)] if isinstance(error, PeerDiedError) else chosen
+            lost = [*chosen, *self._waiting(home)] if isinstance(error, PeerDiedError) else chosen
             for submission in lost:
                 if not submission.stepped.done():
                     submission.stepped.set_exception(error)
             self._pending = [submission for submission in self._pending if submission not in lost]
             return
         finally:
-            self._meter.change(-1, self._trainers.capacity)
+            self._meter.change(-len(home), self._trainers.capacity)
         seconds = self._clock() - began
         by_name = {result.ref.name: result for result in results.results}
         for submission in chosen:
@@ -271,4 +276,5 @@ class StepScheduler:
                 result = by_name[submission.batch.ref.name]
                 submission.stepped.set_result(Stepped(result, began - submission.submitted, seconds))
         tokens = {submission.batch.ref.name: len(submission.batch.tokens) for submission in chosen}
-        self._on_end(results.trainer, seconds, tokens)
+        for trainer, own in results.shares or ((results.trainer, tokens),):
+            self._on_end(trainer, seconds, own)

@@ -256,6 +256,7 @@ class StepResults:
     results: tuple[StepResult, ...]
     seconds: float
     trainer: int = 0  # which made them; its pool says so
+    shares: tuple[tuple[int, Mapping[str, int]], ...] = ()  # of several trainers: each one's number, and tokens by adapter
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,9 @@ async def train(pool: TrainerPool, batch: MakeBatch, first: int = 0, last: int =
     for version in range(first, last):
         done = await pool.step([batch("a", version, rows=7, seed=version)])
         results += done.results
+        if (number := len(pool.home("a"))) > 1:
+            assert sorted(index for index, _ in done.shares) == list(range(number))
+            assert sum(tokens["a"] for _, tokens in done.shares) == done.results[0].tokens
         assert not results[-1].fault and results[-1].ref == AdapterRef("a", 0, version + 1)
     return results
 

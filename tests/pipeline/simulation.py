@@ -328,8 +328,8 @@ class SimulatedTrainers:
     def capacity(self) -> int:
         return 1
 
-    def home(self, name: str) -> int:
-        return self.held[name][0]
+    def home(self, name: str) -> tuple[int]:
+        return (self.held[name][0],)
 
     async def wait_ready(self) -> None:
         await self.process.ready.wait()

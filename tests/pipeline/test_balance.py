@@ -24,10 +24,10 @@ class Trainers:
         self.asked = []  # when a move was asked for
 
     def home(self, name):
-        return self.homes[name]
+        return (self.homes[name],)
 
     async def move(self, ref, busy):
-        free = [home for home in range(self.capacity) if home not in busy]
+        free = [home for home in range(self.capacity) if (home,) not in busy]
         assert free, "asked for nothing"
         self.asked.append(asyncio.get_running_loop().time())
         self.moving.add(ref.name)

@@ -48,7 +48,7 @@ class Hall:
 
 
 class Trainer:
-    """Takes a second a launch, or `seconds` of its home, which is what a name has before its colon."""
+    """Takes a second a launch, or `seconds` of the first of its home, which is what a name has before its colon: "x+y:a"."""
 
     def __init__(self, dies_at=(), seconds=None):
         self.launches = []
@@ -58,7 +58,7 @@ class Trainer:
         self.capacity = max(1, len(self.seconds))
 
     def home(self, name):
-        return name.rpartition(":")[0]
+        return (*name.rpartition(":")[0].split("+"),)
 
     async def step(self, batches):
         (home,) = {self.home(item.ref.name) for item in batches}
@@ -66,11 +66,14 @@ class Trainer:
         self.running.add(home)
         self.launches.append([item.ref.name for item in batches])
         number = len(self.launches)
-        await asyncio.sleep(self.seconds.get(home, 1.0))
+        await asyncio.sleep(self.seconds.get(home[0], 1.0))
         self.running.discard(home)
         if number in self.dies_at:
             raise PeerDiedError("killed")
-        return StepResults(tuple(StepResult(item.ref, len(item.tokens), {}) for item in batches), 1.0)
+        results = tuple(StepResult(item.ref, len(item.tokens), {}) for item in batches)
+        parts = {item.ref.name: len(item.tokens) // len(home) for item in batches}
+        shares = tuple((number, parts) for number in range(len(home)))
+        return StepResults(results, 1.0, 0, shares if len(home) > 1 else ())
 
 
 def scheduled(simulation, submissions, token_budget, trainer=None):
@@ -99,6 +102,27 @@ def scheduled(simulation, submissions, token_budget, trainer=None):
 def test_all_that_are_ready_at_once_share_a_launch(simulation):
     trainer, _ = scheduled(simulation, [(0, "a", 5), (0, "b", 5), (0, "c", 5)], 100)
     assert trainer.launches == [["a", "b", "c"]]
+
+
+def test_a_shared_launch_is_all_its_trainers_work(simulation):
+    """Three trainers, two of which share an adapter: busy are two, then three, and none is idle beside these."""
+    trainer, ended = Trainer(seconds={"x": 4.0, "y": 4.0, "z": 2.0}), []
+
+    async def main():
+        async with asyncio.TaskGroup() as tasks:
+            clock = asyncio.get_running_loop().time
+            scheduler = StepScheduler(trainer, 100, tasks, clock, lambda *told: ended.append(told))
+            tasks.create_task(scheduler.submit(batch("x+y:a", 6)))
+            await asyncio.sleep(1)
+            assert scheduler.statistics().in_flight == 2 and scheduler._balance._idle
+            tasks.create_task(scheduler.submit(batch("z:b", 5)))
+            await asyncio.sleep(1)
+            assert scheduler.statistics().in_flight == 3 and not scheduler._balance._idle
+            await asyncio.sleep(2)
+            assert scheduler.statistics().load == pytest.approx((2 * 4 + 2) / (3 * 4))
+
+    simulation.run_virtual(main)
+    assert ended == [(0, 2.0, {"z:b": 5}), (0, 4.0, {"x+y:a": 3}), (1, 4.0, {"x+y:a": 3})]
 
 
 def test_those_that_come_while_a_launch_runs_gather_for_the_next(simulation):

@@ -126,10 +126,10 @@ def pools(simulation, case, num_samplers, num_trainers):
             return num_trainers
 
         def home(self, name):
-            return self.homes.setdefault(name, len(self.homes) % num_trainers)
+            return (self.homes.setdefault(name, len(self.homes) % num_trainers),)
 
         async def step(self, batches):
-            (home,) = {self.home(batch.ref.name) for batch in batches}
+            ((home,),) = {self.home(batch.ref.name) for batch in batches}
             seconds = case.training * len(batches)
             await asyncio.sleep(seconds)
             return StepResults(tuple(self._train(batch) for batch in batches), seconds, home)
