@@ -14,22 +14,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from weft.transport.errors import WeftError
-from weft.transport.messages import AdapterRef
+from weft.transport.messages import AskCanary, Canary
 
 QUIET_S = 0.05  # after which a canary no longer lets slabs go first: somebody's version waits for it
-Found = float | WeftError
+Found = Canary | WeftError
 
 
 class Canaries:
     """Those of one trainer. For its event loop; `compute` runs on a thread of its own."""
 
     def __init__(
-        self, compute: Callable[[Sequence[AdapterRef]], Mapping[AdapterRef, Found]], initializer: Callable[[], object]
+        self, compute: Callable[[Sequence[AskCanary]], Mapping[AskCanary, Found]], initializer: Callable[[], object]
     ) -> None:
-        """compute: of each version its canary, or why there is none. initializer: of the thread."""
+        """compute: what is answered to each, or why there is nothing. initializer: of the thread."""
         self._compute = compute
         self.thread = ThreadPoolExecutor(1, "weft-canary", initializer=initializer)
-        self._asked: dict[AdapterRef, asyncio.Future[Found]] = {}
+        self._asked: dict[AskCanary, asyncio.Future[Found]] = {}
         self._turn = asyncio.Lock()
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -47,18 +47,18 @@ class Canaries:
             if not self._handing:
                 self._quiet.set()
 
-    async def ask(self, ref: AdapterRef) -> float:
-        """The canary of this version. Raises why there is none."""
+    async def ask(self, message: AskCanary) -> Canary:
+        """Raises why there is none."""
         loop = asyncio.get_running_loop()
-        future = self._asked.setdefault(ref, loop.create_future())
+        future = self._asked.setdefault(message, loop.create_future())
         async with self._turn:
             if not future.done():
                 await self._wait_quiet()
-                asked, self._asked = {**self._asked, ref: future}, {}
+                asked, self._asked = {**self._asked, message: future}, {}
                 try:
                     found = await loop.run_in_executor(self.thread, self._compute, list(asked))
                 except BaseException:  # the next one that asks computes for those that still wait
-                    del asked[ref]
+                    del asked[message]
                     self._asked = asked | self._asked
                     raise
                 for one, answer in asked.items():

@@ -124,7 +124,7 @@ class FanOut:
         self.home = torch.device("cuda", max(torch.cuda.device_count() - 1, 0))  # for slabs that come from the host
 
     async def send(
-        self, handle: SlabHandle, slab: Slab, peers: Sequence[Peer], canary: asyncio.Future[float] | None = None
+        self, handle: SlabHandle, slab: Slab, peers: Sequence[Peer], canary: asyncio.Future[Canary] | None = None
     ) -> Times:
         """Returns when every peer that is still serving has installed the slab. It is announced before it is asked for.
         canary: for a handle without.
@@ -174,7 +174,7 @@ class FanOut:
         return peer.serving and peer.installed.get(ref.name) != ref
 
     async def _round(
-        self, handle: SlabHandle, slab: Slab, peers: list[Peer], times: Times, canary: asyncio.Future[float] | None
+        self, handle: SlabHandle, slab: Slab, peers: list[Peer], times: Times, canary: asyncio.Future[Canary] | None
     ) -> dict[Peer, WeftError]:
         """Why each that refuses it does. Raises when a peer died or the broadcast failed: those that still wait are asked
         again, since the dead one may have been between the root and these."""
@@ -231,15 +231,15 @@ class FanOut:
         return {}
 
     async def _install(
-        self, handle: SlabHandle, peers: list[Peer], times: Times, canary: asyncio.Future[float] | None
+        self, handle: SlabHandle, peers: list[Peer], times: Times, canary: asyncio.Future[Canary] | None
     ) -> dict[Peer, WeftError]:
         """Why those that have not installed it have not."""
         started, ref = time.monotonic(), handle.ref
 
         async def tell() -> None:
             if handle.canary_logprob is None and canary is not None:
-                logprob = await asyncio.shield(canary)  # this wait may be ended, and others wait for it too
-                await ask_all(peers, Canary(ref, logprob), self._config.deadline_s)
+                came = await asyncio.shield(canary)  # this wait may be ended, and others wait for it too
+                await ask_all(peers, came, self._config.deadline_s)
 
         async with asyncio.TaskGroup() as tasks:
             telling = tasks.create_task(tell())

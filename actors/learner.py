@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from weft.actors.adapter_store import AdapterStore, Slabs
-from weft.actors.canary import canary_tokens
+from weft.actors.canary import REWRITTEN, canary_tokens
 from weft.actors.launch import Launch, Piece, longest_row, plan, upload
 from weft.actors.lora import LoraBatch, SlabLayout
 from weft.actors.loss import Denominators, LossResult, LossTokens, adapter_loss
@@ -180,18 +180,41 @@ class Learner:
                 scores.base_logprobs[piece.sources] = self._logprobs(pieces, [adapter], None)[0][0].cpu().numpy()
         return scores
 
-    def canaries(self, adapters: Sequence[Adapter]) -> list[float]:
-        """The canary's log-probability under each adapter's weights, temperature 1, by one forward."""
-        with self._store.hold([adapter.name for adapter in adapters]) as held:
-            length = len(self._canary) - 1
-            offsets = list(range(0, len(adapters) * length + 1, length))
-            trained = self._trained(adapters, held, gradients=False)
-            build = SlabBatch.build if self._device.type == "cuda" else LoraBatch.build
-            return self._canary_logprobs(build(offsets, [adapter.config.lora.scale for adapter in adapters], trained), offsets)
+    def canaries(self, adapters: Sequence[Adapter]) -> dict[str, float]:
+        """By name the canary's log-probability under each adapter's weights, temperature 1: by one forward of as many as the
+        store's device tier holds."""
+        found: dict[str, float] = {}
+        for first in range(0, len(adapters), self._store.device_capacity):
+            some = adapters[first : first + self._store.device_capacity]
+            with self._store.hold([adapter.name for adapter in some]) as held:
+                rows = [(one, slabs.weights, one.config.lora.scale) for one, slabs in zip(some, held, strict=True)]
+                found |= zip((adapter.name for adapter in some), self._canary_rows(rows), strict=True)
+        return found
+
+    def canary_noise(self, adapter: Adapter) -> float:
+        """What rounding does to this adapter's canary, in nats: how far it is, in the mean of squares, from the same adapter
+        written in other numbers, weights times c under a scale by 1 / c^2, of which nothing is rounded as before. It varies by
+        a hundred from one version to the next (canary.py)."""
+        with self._store.hold([adapter.name]) as (slabs,):
+            if slabs.weights.dtype == torch.float32:
+                return 0.0
+            scale = adapter.config.lora.scale
+            rewritten = [(adapter, slabs.weights * factor, scale / factor**2) for factor in REWRITTEN]
+            own, *others = self._canary_rows([(adapter, slabs.weights, scale), *rewritten])
+        return math.sqrt(sum((other - own) ** 2 for other in others) / len(others))
 
     def score_base(self) -> float:
         """The canary's log-probability under the base alone."""
         return self._canary_logprobs(LoraBatch((0,), ()), [0, len(self._canary) - 1])[0]
+
+    def _canary_rows(self, rows: Sequence[tuple[Adapter, Tensor, float]]) -> list[float]:
+        """The canary's log-probability under each adapter with such weights, and such a scale."""
+        length, build = len(self._canary) - 1, SlabBatch.build if self._device.type == "cuda" else LoraBatch.build
+        offsets = list(range(0, len(rows) * length + 1, length))
+        pairs: Trained = [(adapter.layout, weights, None) for adapter, weights, _ in rows]
+        if self._device.type != "cuda":
+            pairs = [layout.leaves(*rest) for layout, *rest in pairs]
+        return self._canary_logprobs(build(offsets, [scale for *_, scale in rows], pairs), offsets)
 
     @torch.no_grad()
     def _canary_logprobs(self, lora: LoraBatch | SlabBatch, offsets: Sequence[int]) -> list[float]:

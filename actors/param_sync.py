@@ -88,7 +88,7 @@ class ParamSync:
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()  # by adapter
         self._fan_out: FanOut | None = None
         self._taker = Taker()
-        self._canaries: dict[AdapterRef, asyncio.Future[float]] = {}  # of slabs on their way
+        self._canaries: dict[AdapterRef, asyncio.Future[Canary]] = {}  # of slabs on their way
         self._distributed = 0
 
     async def start(self) -> None:
@@ -102,9 +102,9 @@ class ParamSync:
                 return await self._distribute(message)
             case JoinSampler():
                 return await self._join(message)
-            case Canary(ref, logprob):
+            case Canary(ref):
                 if (canary := self._canaries.get(ref)) is not None and not canary.done():
-                    canary.set_result(logprob)
+                    canary.set_result(message)
                 return Done()
             case Serve():
                 return await self._serve(message)
@@ -128,14 +128,14 @@ class ParamSync:
         ref = message.handle.ref
         canary = self._canaries[ref] = asyncio.get_running_loop().create_future()
         if message.handle.canary_logprob is not None:
-            canary.set_result(message.handle.canary_logprob)
+            canary.set_result(Canary(ref, message.handle.canary_logprob, message.handle.canary_noise))
         try:
             return await self._send(message, canary)
         finally:
             if self._canaries.get(ref) is canary:
                 del self._canaries[ref]
 
-    async def _send(self, message: Distribute, canary: asyncio.Future[float]) -> Distributed:
+    async def _send(self, message: Distribute, canary: asyncio.Future[Canary]) -> Distributed:
         started = time.monotonic()
         handle = message.handle
         lock = self._lock(handle.ref.name)
@@ -144,7 +144,8 @@ class ParamSync:
             # One that has left, or never came, is not waited for: what it misses it gets when it joins.
             peers = [self._peers[sampler] for sampler in sorted(message.samplers) if sampler in self._peers]
             times = await self._fan().send(told, taking, peers, canary)
-            told = replace(told, canary_logprob=await canary)  # who joins late is told at once
+            came = await canary  # who joins late is told at once
+            told = replace(told, canary_logprob=came.logprob, canary_noise=came.noise)
             held = _Held(told, taking.slab if taking.slab is not None else await asyncio.to_thread(taking))
             self._fan().home = self._taker.home or self._fan().home
             self._held.pop(handle.ref.name, None)

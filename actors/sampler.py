@@ -13,7 +13,6 @@ import asyncio
 import os
 import time
 import traceback
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +45,6 @@ from weft.transport.messages import (
     SamplerStatistics,
 )
 
-KEPT = 256  # canaries, for who asks whether engine and trainer drift apart
 _FIRST_POLL_S, _LAST_POLL_S = 0.0003, 0.01  # between two looks at a slab that is on its way; doubles
 
 
@@ -65,7 +63,7 @@ class _Announced:
 
     message: Receive
     lora_id: int
-    canary: asyncio.Future[float]
+    canary: asyncio.Future[Canary]
 
 
 class Sampler:
@@ -98,7 +96,6 @@ class Sampler:
         self._adapters: dict[str, _Adapter] = {}
         self._announced: dict[AdapterRef, _Announced] = {}
         self._installing: dict[AdapterRef, asyncio.Event] = {}
-        self.canaries: deque[tuple[str, float, float]] = deque(maxlen=KEPT)  # version, the engine's, the trainer's
         self._removal = asyncio.Lock()
         self._in_flight = self._installs = 0
         self._busy = _BusyClock()
@@ -124,9 +121,9 @@ class Sampler:
                     return await self._receive(message)
                 case Install():
                     return await self._install(message.ref)
-                case Canary(ref, logprob):
+                case Canary(ref):
                     if (announced := self._announced.get(ref)) is not None and not announced.canary.done():
-                        announced.canary.set_result(logprob)
+                        announced.canary.set_result(message)
                     return Done()
                 case Retire():
                     self._leases.retire(message.ref)
@@ -190,7 +187,7 @@ class Sampler:
             self._announced.pop(stale, None)
         lora_id, canary = self._leases.new_id(), asyncio.get_running_loop().create_future()
         if handle.canary_logprob is not None:
-            canary.set_result(handle.canary_logprob)
+            canary.set_result(Canary(handle.ref, handle.canary_logprob, handle.canary_noise))
         # from now on: one that is given up here may have its slot there
         self._announced[handle.ref] = _Announced(message, lora_id, canary)
         try:
@@ -254,11 +251,10 @@ class Sampler:
         found = await self._engine.score(tokens, version)
         try:
             async with asyncio.timeout(announced.message.deadline_s):
-                wanted = await announced.canary
+                canary = await announced.canary
         except TimeoutError as error:
             raise InstallError(f"sampler {self._index}: the trainer's canary of {version.ref} did not come") from error
-        self.canaries.append((str(version.ref), found, wanted))
-        allowed = canary_allowance(self._dtype)
+        wanted, allowed = canary.logprob, canary_allowance(self._dtype, canary.noise, canary.logprob - base)
         if abs(found - wanted) <= allowed:
             return
         why = "it is not the adapter that the trainer published"

@@ -82,7 +82,7 @@ class ParamSyncPool:
                         for sampler in there:
                             if self._held.get(ref.name, {}).get(sampler) not in (supersedes, ref):
                                 await self._retire(ref.name, sampler)
-                        done = await self._distribute(handle, there, supersedes)
+                        done = await self._distribute(handle, there, supersedes, closely=attempt > 0)
                     except WeftError as error:
                         attempt = 1 if world != self._world() else attempt + 1
                         if attempt >= ATTEMPTS:
@@ -229,22 +229,23 @@ class ParamSyncPool:
         """Nothing: the slabs that it held are with the trainers."""
 
     async def _distribute(
-        self, handle: SlabHandle, samplers: Collection[int], supersedes: AdapterRef | None
+        self, handle: SlabHandle, samplers: Collection[int], supersedes: AdapterRef | None, closely: bool = True
     ) -> Distributed:
+        """closely: a canary that differs is judged by its noise, too, which costs the trainer some forwards."""
         done: Distributed
         message = messages.Distribute(handle, tuple(samplers), supersedes)
         distributing = self._member.request(message, 2 * self._deadline_s)
         if handle.canary_logprob is None:  # its weights are on their way, and do not wait for it
-            done, _ = await together(distributing, self._follow(handle.ref))
+            done, _ = await together(distributing, self._follow(handle.ref, closely))
         else:
             done = await distributing
         if done.notice:
             _log.warning("%s", done.notice)
         return done
 
-    async def _follow(self, ref: AdapterRef) -> None:
+    async def _follow(self, ref: AdapterRef, closely: bool) -> None:
         """Send the canary after a slab. When there is none, the slab's way ends too: nobody can check what it brings."""
-        canary = await self._trainers.canary(ref)
+        canary = await self._trainers.canary(ref, closely)
         await self._member.request(canary, self._deadline_s)
 
     async def _withdraw(self, name: str) -> None:

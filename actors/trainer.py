@@ -43,7 +43,7 @@ from weft.actors.model import load_model, read_config
 from weft.actors.peft_folder import read_peft_folder, write_peft_folder
 from weft.actors.shared_step import SharedSteps
 from weft.actors.slab_ipc import Boxes
-from weft.actors.trainer_state import read_state, write_state
+from weft.actors.trainer_state import identity, read_state, write_state
 from weft.actors.warm_up import WarmUp, keep_freed_memory
 from weft.configs.build import build
 from weft.configs.schema import AdapterConfig, TrainerConfig
@@ -130,7 +130,7 @@ class Trainer:
             self._shared.end(message.epoch)
             return messages.Done()
         if isinstance(message, messages.AskCanary):
-            return messages.Canary(message.ref, await self._canaries.ask(message.ref))
+            return await self._canaries.ask(message)
         assert type(message) in self._calls, f"no message to a trainer: {type(message).__name__}"
         loop, (thread, call) = asyncio.get_running_loop(), self._calls[type(message)]
         if isinstance(message, messages.AddAdapter) and self._warm_up is not None:
@@ -342,29 +342,34 @@ class Trainer:
             checksum=words,
         )
 
-    def _canaries_of(self, refs: Sequence[AdapterRef]) -> dict[AdapterRef, Found]:
-        """By one forward. Of a version that is not here any more: why there is none."""
-        with self._locked([ref.name for ref in refs]):
-            found: dict[AdapterRef, Found] = {ref: VersionError(f"{ref} is not here any more: no canary") for ref in refs}
-            here = [adapter for ref in refs if (adapter := self._adapters.get(ref.name)) is not None and adapter.ref == ref]
-            at_once = self._store.device_capacity
-            for some in (here[first : first + at_once] for first in range(0, len(here), at_once)):
-                found |= zip((adapter.ref for adapter in some), self._learner.canaries(some), strict=True)
+    def _canaries_of(self, asked: Sequence[messages.AskCanary]) -> dict[messages.AskCanary, Found]:
+        """By one forward, but for their noise. Of a version that is not here any more: why there is none."""
+        with self._locked([one.ref.name for one in asked]):
+            here = {name: self._adapters[name] for name in {one.ref.name for one in asked} & self._adapters.keys()}
+            found: dict[messages.AskCanary, Found] = {
+                one: VersionError(f"{one.ref} is not here any more: no canary")
+                for one in asked
+                if one.ref.name not in here or here[one.ref.name].ref != one.ref
+            }
+            logprobs = self._learner.canaries(list(here.values()))
+            for one in (one for one in asked if one not in found):
+                noise = self._learner.canary_noise(here[one.ref.name]) if one.closely else 0.0
+                found[one] = messages.Canary(one.ref, logprobs[one.ref.name], noise)
         return found
 
     def _save(self, message: messages.Save) -> messages.Saved:
         with self._own_version(message.ref) as adapter, self._store.hold([adapter.name]) as (slabs,):
             state = slabs.state.cpu().clone()
-        header = {**_identity(adapter, message.ref), "seed": _seed(adapter.config)}
+        header = {**identity(adapter.layout, message.ref), "seed": _seed(adapter.config)}
         return messages.Saved(write_state(Path(message.folder), state, header))
 
     def _load(self, message: messages.Load) -> messages.Done:
         """Raises CheckpointError for a file that is not whole, ValueError for one of another shape or version."""
         with self._own(message.ref.name) as adapter:
-            state, identity = read_state(Path(message.folder))
-            for key, own in _identity(adapter, message.ref).items():
-                if identity.get(key) != own:
-                    raise ValueError(f"checkpoint {message.folder}: {key}={identity.get(key)!r} there, {own!r} here")
+            state, written = read_state(Path(message.folder))
+            for key, own in identity(adapter.layout, message.ref).items():
+                if written.get(key) != own:
+                    raise ValueError(f"checkpoint {message.folder}: {key}={written.get(key)!r} there, {own!r} here")
             with self._store.hold([adapter.name]) as (slabs,):
                 slabs.replace_state(state)
                 if self._device.type == "cuda":  # what trains next is on another stream
@@ -391,8 +396,3 @@ def _own_stream(device: torch.device) -> None:
 def _seed(config: AdapterConfig) -> int:
     """Of an adapter's first weights: the same for every lineage, machine and run. Nothing is drawn later."""
     return int.from_bytes(hashlib.sha256(f"{config.name}/{config.sampling.seed}".encode()).digest()[:7])
-
-
-def _identity(adapter: Adapter, ref: AdapterRef) -> dict[str, Any]:
-    """What a checkpoint must agree on to be loaded as `ref`."""
-    return {"version": ref.version, "rank": adapter.layout.rank, "modules": list(adapter.layout.modules)}

@@ -295,9 +295,10 @@ class TrainerPool:
         handle: SlabHandle = await self._home[ref.name][0].request(messages.Publish(ref), self._deadline_s)
         return handle
 
-    async def canary(self, ref: AdapterRef) -> messages.Canary:
+    async def canary(self, ref: AdapterRef, closely: bool = False) -> messages.Canary:
         """Of the weights of `ref`, which the trainer must still have."""
-        canary: messages.Canary = await self._home[ref.name][0].request(messages.AskCanary(ref), self._deadline_s)
+        message = messages.AskCanary(ref, closely)
+        canary: messages.Canary = await self._home[ref.name][0].request(message, self._deadline_s)
         return canary
 
     async def statistics(self) -> list[messages.TrainerStatistics]:

@@ -14,10 +14,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from weft.actors.lora import SlabLayout
 from weft.transport.errors import CheckpointError
+from weft.transport.messages import AdapterRef
 
 STATE_FILE = "adapter.safetensors"
 STATE_TENSORS = ("master", "exp_avg", "exp_avg_sq")  # fp32 [D] each
+
+
+def identity(layout: SlabLayout, ref: AdapterRef) -> dict[str, Any]:
+    """What a checkpoint must agree on to be loaded as `ref`."""
+    return {"version": ref.version, "rank": layout.rank, "modules": list(layout.modules)}
 
 
 def write_state(folder: Path, state: Tensor, header: Mapping[str, Any]) -> dict[str, str]:

@@ -94,6 +94,7 @@ class SlabHandle:
     on_device: bool = False
     data: Array | None = None  # uint8 [nbytes]
     checksum: int = 0  # actors/checksum.py; 0: not known
+    canary_noise: float = 0.0  # as in Canary
 
 
 # ---- requests to any actor ----
@@ -169,10 +170,12 @@ class Install:
 @dataclass(frozen=True)
 class Canary:
     """-> Done, of a sampler, whose Install waits for it, and of a relay, which tells the samplers. logprob: the trainer's, of
-    the canary tokens under a version whose handle came without."""
+    the canary tokens under a version whose handle came without. noise: what rounding alone does to it, in nats, where the
+    trainer was asked to look closely (actors/canary.py)."""
 
     ref: AdapterRef
     logprob: float
+    noise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -283,9 +286,10 @@ class Publish:
 
 @dataclass(frozen=True)
 class AskCanary:
-    """-> Canary of the adapter's weights as they are now, whose version must be `ref`."""
+    """-> Canary of the adapter's weights as they are now, whose version must be `ref`. closely: and its noise."""
 
     ref: AdapterRef
+    closely: bool = False
 
 
 @dataclass(frozen=True)

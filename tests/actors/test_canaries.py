@@ -6,27 +6,31 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 
-from weft.actors.canaries import Canaries
+from weft.actors.canaries import Canaries, Found
 from weft.transport.errors import VersionError
-from weft.transport.messages import AdapterRef
+from weft.transport.messages import AdapterRef, AskCanary, Canary
 
-REFS = [AdapterRef(name, 0, 1) for name in "abc"]
+ASKED = [AskCanary(AdapterRef(name, 0, 1)) for name in "abc"]
 
 
 class Compute:
-    """Answers with 0, -1, -2 for a, b, c; waits for `go`; `gone` are not there any more."""
+    """Waits for `go`; `gone` are not there any more."""
 
     def __init__(self) -> None:
-        self.calls: list[list[AdapterRef]] = []
+        self.calls: list[list[AskCanary]] = []
         self.go, self.began = threading.Event(), threading.Event()
         self.go.set()
-        self.gone: set[AdapterRef] = set()
+        self.gone: set[AskCanary] = set()
 
-    def __call__(self, refs: Sequence[AdapterRef]) -> dict[AdapterRef, float | VersionError]:
-        self.calls.append(list(refs))
+    def __call__(self, asked: Sequence[AskCanary]) -> dict[AskCanary, Found]:
+        self.calls.append(list(asked))
         self.began.set()
         assert self.go.wait(20)
-        return {ref: VersionError(f"{ref} is gone") if ref in self.gone else -float(REFS.index(ref)) for ref in refs}
+        return {one: VersionError("it is gone") if one in self.gone else answer(one) for one in asked}
+
+
+def answer(asked: AskCanary) -> Canary:
+    return Canary(asked.ref, -float(ASKED.index(asked)))
 
 
 def run(test: Callable[[Compute, Canaries], Awaitable[None]]) -> None:
@@ -50,12 +54,12 @@ def test_slabs_go_first_and_then_one_forward_is_for_all_that_ask(monkeypatch: py
         async with asyncio.TaskGroup() as tasks:
             with canaries.handing_over():
                 with canaries.handing_over():
-                    asking = [tasks.create_task(canaries.ask(ref)) for ref in REFS]
+                    asking = [tasks.create_task(canaries.ask(one)) for one in ASKED]
                     for _ in range(20):
                         await asyncio.sleep(0)
                 assert not compute.calls, "one is still handed over"
-        assert [task.result() for task in asking] == [0.0, -1.0, -2.0]
-        assert compute.calls == [REFS]
+        assert [task.result() for task in asking] == list(map(answer, ASKED))
+        assert compute.calls == [ASKED]
 
     run(test)
 
@@ -65,17 +69,17 @@ def test_slabs_without_end_hold_up_no_canary(monkeypatch: pytest.MonkeyPatch) ->
 
     async def test(compute: Compute, canaries: Canaries) -> None:
         with canaries.handing_over():
-            assert await canaries.ask(REFS[1]) == -1.0
+            assert await canaries.ask(ASKED[1]) == answer(ASKED[1])
 
     run(test)
 
 
 def test_a_version_that_is_gone_fails_alone() -> None:
     async def test(compute: Compute, canaries: Canaries) -> None:
-        compute.gone = {REFS[0]}
-        found = await asyncio.gather(*map(canaries.ask, REFS), return_exceptions=True)
+        compute.gone = {ASKED[0]}
+        found = await asyncio.gather(*map(canaries.ask, ASKED), return_exceptions=True)
         assert isinstance(found[0], VersionError)
-        assert found[1:] == [-1.0, -2.0]
+        assert found[1:] == list(map(answer, ASKED[1:]))
 
     run(test)
 
@@ -86,10 +90,10 @@ def test_whoever_asks_no_more_takes_nobodys_canary_along() -> None:
     async def test(compute: Compute, canaries: Canaries) -> None:
         compute.go.clear()
         async with asyncio.TaskGroup() as tasks:
-            first, *others = [tasks.create_task(canaries.ask(ref)) for ref in (REFS[0], REFS[0], REFS[1], REFS[2])]
+            first, *others = [tasks.create_task(canaries.ask(one)) for one in (ASKED[0], *ASKED)]
             await asyncio.to_thread(compute.began.wait, 20)
             first.cancel()
             compute.go.set()
-        assert [task.result() for task in others] == [0.0, -1.0, -2.0]
+        assert [task.result() for task in others] == list(map(answer, ASKED))
 
     run(test)

@@ -16,7 +16,7 @@ import pytest
 from weft.actors.affinity import Affinity
 from weft.actors.member import Member
 from weft.actors.sampler_pool import SamplerPool
-from weft.actors.sync_pool import ParamSyncPool
+from weft.actors.sync_pool import ATTEMPTS, ParamSyncPool
 from weft.actors.trainer_pool import TrainerPool
 from weft.configs.schema import AdapterConfig
 from weft.transport import messages
@@ -144,6 +144,7 @@ class Trainer:
                 path = self.world.slab(message.ref)
                 return messages.SlabHandle(message.ref, 0, "float32", 1, 1.0, (), None, 0.0, path=path)
             case messages.AskCanary():
+                self.world.asked.append(message)
                 return messages.Canary(message.ref, -1.0)
             case messages.Load():
                 self.versions[message.ref.name] = message.ref
@@ -232,6 +233,7 @@ class World:
         self.may_join.set()
         self.may_add.set()  # to a trainer
         self.adds = 0  # that trainers were asked for
+        self.asked: list[messages.AskCanary] = []
         self.slabs: Path | None = None
         self.full = False  # the place for them
         self.unanswered: set[tuple[str, type]] = set()  # messages that a kind of process takes and never answers
@@ -916,8 +918,12 @@ def test_a_version_that_no_sampler_takes_is_an_install_error_after_a_bounded_num
             ref = await pools.add("a")
             world.uninstallable.add("a")
             newer = await pools.step(ref)
+            world.asked.clear()
             with pytest.raises((InstallError, RemoteError)):
                 await pools.sync.publish(newer, ref)
+            assert [one.ref for one in world.asked] == [newer] * ATTEMPTS
+            closely = [one.closely for one in world.asked]
+            assert closely == [False, *[True] * (ATTEMPTS - 1)], "what was refused is looked at again"
 
     asyncio.run(law())
 

@@ -689,8 +689,6 @@ def test_a_version_is_offered_when_the_trainers_canary_has_come_and_is_the_engin
                     assert not bench.sampler._leases.holds(ref) and not installing.done()
                     await bench.sampler.handle(canary)
             assert ("the trainer's is" in installing.result()) == wrong
-            name, engines, trainers = bench.sampler.canaries[-1]
-            assert name == str(ref) and trainers == canary.logprob and abs(engines - handle.canary_logprob) < 1e-2
         bench.check(await bench.rollout(ref))
 
     bench.run(law())

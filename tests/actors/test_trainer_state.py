@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from weft.actors.canary import canary_tokens
+from weft.actors.canary import canary_allowance, canary_tokens
 from weft.actors.checksum import checksum
 from weft.actors.lora import init_pairs
 from weft.actors.peft_folder import read_peft_folder
@@ -142,6 +142,22 @@ def test_a_published_slab_is_the_weights_of_that_version(make: Make, dtype: str,
     again = bench.ask(messages.Publish(AdapterRef("two", 0, 1)))
     assert again.path != handle.path  # whoever takes the first removes its own file
     assert not list(Path(handle.path).parent.glob("*.part"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_canarys_noise_is_roundings_alone(make: Make, dtype: str, batch: MakeBatch) -> None:
+    bench = make(ONE, TWO, dtype=dtype)
+    bench.perturb("two")
+    canary, closely = (bench.ask(messages.AskCanary(AdapterRef("two", 0, 0), closely)) for closely in (False, True))
+    assert canary.noise == 0.0 and closely.logprob == canary.logprob
+    if dtype == "float32":
+        assert closely.noise == 0.0
+    else:
+        exact = make(ONE, TWO)
+        exact.perturb("two")
+        rounding = abs(canary.logprob - exact.ask(messages.AskCanary(AdapterRef("two", 0, 0))).logprob)
+        assert 0.0 < closely.noise < canary_allowance("bfloat16")
+        assert rounding < canary_allowance("bfloat16", closely.noise, 1e9)
 
 
 def test_a_canary_is_of_exactly_the_version_that_is_asked_for(make: Make, batch: MakeBatch) -> None:
