@@ -178,7 +178,8 @@ class Pipeline:
                 if ready is None:  # it is to leave
                     break
                 waited = self._enter(adapter, Phase.QUEUED) - asked
-                step = await self._steps.submit(ready.batch, lambda: self._journal.enter(adapter, Phase.TRAINING))
+                entered = partial(self._journal.enter, adapter, Phase.TRAINING)
+                step = await self._steps.submit(ready.batch, entered, on_policy=config.max_staleness == 0)
                 if step.result.fault:
                     raise AdapterFault(f"{adapter.ref}: {step.result.fault}", "FloatingPointError")
                 late, told = count_late(ready.token_ages, config.max_staleness), ready.figures

@@ -1,7 +1,7 @@
 """Who goes next: a fair share of the samplers, and one launch on each trainer for all its adapters that are ready.
 
 FairShare       an adapter's group waits here for places on the samplers; whoever ends a group frees them.
-StepScheduler   an adapter's batch waits here for the launch that its trainer runs; its end starts the next with all.
+StepScheduler   an adapter's batch waits here for the launch that its trainer runs; its end starts the next.
 """
 
 from __future__ import annotations
@@ -162,6 +162,7 @@ class _Submission:
     batch: TrainBatch
     home: tuple[Hashable, ...]
     on_launch: Callable[[], None]
+    on_policy: bool
     submitted: float
     idle_before: float  # how long some trainer had been idle by then
     stepped: asyncio.Future[Stepped] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -171,7 +172,10 @@ class StepScheduler:
     """One launch at a time on each trainer, shared by its adapters that are ready.
 
     A launch takes the batch that has waited longest, whatever its size, then in order of age every one that still fits into the
-    token budget. Each launch takes the oldest, so none starves: a batch waits for at most as many launches as were ahead of it.
+    token budget, but of those that are on policy only the older half: while such an adapter trains, nothing of it is sampled,
+    and a launch of all would have all of them sample at once and wait at once. What is left keeps the trainer busy when they
+    are gone; where many wait, half of them is still many. Each launch takes the oldest, so none starves: a batch waits for at
+    most as many launches as were ahead of it.
     An adapter whose batch would wait, as many have before it, while another trainer is idle, moves there first (balance.py).
     A death of a trainer fails its launch and all that wait for it: their adapters are gone with it. Those of others go on.
     """
@@ -196,10 +200,11 @@ class StepScheduler:
         self._launching: set[tuple[Hashable, ...]] = set()  # homes
         self._balance = Balance(clock)
 
-    async def submit(self, batch: TrainBatch, on_launch: Callable[[], None] = lambda: None) -> Stepped:
+    async def submit(self, batch: TrainBatch, on_launch: Callable[[], None] = lambda: None, on_policy: bool = False) -> Stepped:
         """One optimizer step of one adapter; waits for its launch. Raises what the trainer raises.
 
-        `on_launch` is called when its launch begins. To cancel a batch that is launched does not stop the launch.
+        `on_launch` is called when its launch begins. on_policy: nothing of this adapter is sampled until the step's end. To
+        cancel a batch that is launched does not stop the launch.
         """
         submitted, idle_before = self._clock(), self._balance.idle_seconds
         home = self._trainers.home(batch.ref.name)
@@ -207,7 +212,7 @@ class StepScheduler:
             if await self._trainers.move(batch.ref, self._launching):  # one that was not made says nothing of what one costs
                 self._balance.note_move(self._clock() - submitted)
             home, idle_before = self._trainers.home(batch.ref.name), self._balance.idle_seconds
-        submission = _Submission(batch, home, on_launch, submitted, idle_before)
+        submission = _Submission(batch, home, on_launch, on_policy, submitted, idle_before)
         self._pending.append(submission)
         if home not in self._launching:
             self._launching.add(home)
@@ -248,11 +253,15 @@ class StepScheduler:
         return [submission for submission in self._pending if submission.home == home]
 
     def _choose(self, waiting: list[_Submission]) -> list[_Submission]:
-        chosen, tokens = waiting[:1], len(waiting[0].batch.tokens)
-        for submission in waiting[1:]:
-            if tokens + len(submission.batch.tokens) <= self._token_budget:
+        on_policy = (sum(submission.on_policy for submission in waiting) + 1) // 2
+        chosen: list[_Submission] = []
+        tokens = 0
+        for submission in waiting:
+            fits = not chosen or tokens + len(submission.batch.tokens) <= self._token_budget
+            if fits and (on_policy or not submission.on_policy):
                 chosen.append(submission)
                 tokens += len(submission.batch.tokens)
+                on_policy -= submission.on_policy
         return chosen
 
     async def _step(self, chosen: list[_Submission]) -> None:

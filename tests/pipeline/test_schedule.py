@@ -76,14 +76,14 @@ class Trainer:
         return StepResults(results, 1.0, 0, shares if len(home) > 1 else ())
 
 
-def scheduled(simulation, submissions, token_budget, trainer=None):
-    """Submit (time, name, tokens); returns the trainer, and by name the result and its time."""
+def scheduled(simulation, submissions, token_budget, trainer=None, on_policy=()):
+    """Submit (time, name, tokens); returns the trainer, and by name the result and its time. on_policy: names."""
     trainer, done = trainer or Trainer(), {}
 
     async def one(scheduler, time, name, tokens):
         await asyncio.sleep(time)
         try:
-            stepped = await scheduler.submit(batch(name, tokens))
+            stepped = await scheduler.submit(batch(name, tokens), on_policy=name in on_policy)
         except PeerDiedError as error:
             done[name] = (error, asyncio.get_running_loop().time())
         else:
@@ -130,6 +130,19 @@ def test_those_that_come_while_a_launch_runs_gather_for_the_next(simulation):
     assert trainer.launches == [["a"], ["b", "c"]]
     assert done["b"][0].queue_seconds == pytest.approx(0.8)
     assert done["c"][0].train_seconds == pytest.approx(1.0)
+
+
+def test_of_those_on_policy_a_launch_takes_the_older_half_and_of_others_all(simulation):
+    names = "abcdefgh"
+    trainer, _ = scheduled(simulation, [(0, name, 1) for name in names], 100, on_policy="abdefg")
+    assert trainer.launches == [[*"abcdh"], [*"ef"], ["g"]]
+    chance = random.Random(2)
+    several = [(chance.uniform(0, 20), f"a{i}", 1) for i in range(200)]
+    trainer, _ = scheduled(simulation, several, 100, on_policy={f"a{i}" for i in range(0, 200, 2)})
+    waiting = [name for _, name, _ in sorted(several)]
+    for launch in trainer.launches:
+        assert launch[0] == waiting[0], "the oldest is in every launch"
+        waiting = [name for name in waiting if name not in launch]
 
 
 def test_a_launch_keeps_the_token_budget_and_a_bigger_batch_goes_alone(simulation):
