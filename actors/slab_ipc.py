@@ -58,15 +58,15 @@ class Boxes:
         """Hand over a copy of `weights` through `file`. The weights must be complete: nothing on the device is waited for."""
         raw = weights.detach().view(torch.uint8)
         box = next((box for box in self._boxes if len(box.buffer) == len(raw) and box.free_for(owner)), None)
-        if box is None:
-            buffer = torch.empty(len(raw), dtype=torch.uint8, device=self._device)
-            box = _Box(buffer, self._export(buffer))
-            self._boxes.append(box)
-        if self._stream is None:
+        # A buffer is the memory of the stream that is current when it is made: what another one has let go of, and still works
+        # on, comes into it unasked. So a box is made where it is written.
+        with torch.cuda.stream(self._stream):
+            if box is None:
+                buffer = torch.empty(len(raw), dtype=torch.uint8, device=self._device)
+                box = _Box(buffer, self._export(buffer))
+                self._boxes.append(box)
             box.buffer.copy_(raw)
-        else:
-            with torch.cuda.stream(self._stream):
-                box.buffer.copy_(raw)
+        if self._stream is not None:
             self._stream.synchronize()
         box.owner, box.file = owner, file
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -54,9 +54,11 @@ class Line:
 
     def _bring(self, nbytes: int, then: Then) -> None:
         try:
-            with torch.cuda.stream(self._stream):  # on the engine's own it could be memory that a step still reads
+            # On the engine's own stream it could be memory that a step still reads. On this one, what another slab's checks
+            # have let go of: the broadcast, on a stream of its own, waits for what this one has queued.
+            with torch.cuda.stream(self._stream):
                 raw = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-            self._link.broadcast(raw)
+                self._link.broadcast(raw)
         except Exception as error:  # noqa: BLE001 whatever it is, the waiting install reports it; the group is lost
             self._link.close()
             self.broken = error

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from weft.actors.adapter_store import AdapterStore
+from weft.actors.checksum import checksum
 from weft.actors.learner import Adapter, Learner
 from weft.actors.lora import SlabLayout
 from weft.configs.schema import AdapterConfig, LoraConfig
@@ -54,7 +55,7 @@ class WarmUp:
             self._done.add((block, aligned))
 
     def _step(self, rank: int) -> None:
-        """One optimizer step at this rank, and a canary."""
+        """One optimizer step at this rank, a canary, and a checksum."""
         config = AdapterConfig(f"warm-up-{uuid.uuid4().hex}", lora=LoraConfig(rank=rank))
         layout = SlabLayout.build(self._shapes, tuple(self._shapes), rank)
         adapter = Adapter(config, AdapterRef(config.name, 0, 0), layout)
@@ -63,6 +64,8 @@ class WarmUp:
             self._learner.forward_backward([adapter], [_batch(adapter.ref)])
             self._learner.optim_steps([adapter])
             self._learner.canaries([adapter])
+            with self._store.hold([config.name]) as (slabs,):
+                checksum(slabs.weights)
         finally:
             self._store.drop(config.name)
 

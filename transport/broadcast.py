@@ -29,7 +29,8 @@ from weft.transport import rendezvous
 from weft.transport.errors import DeadlineError, PeerDiedError, RendezvousError, WeftError
 
 _Work = Callable[[torch.Tensor], Any]  # begins it in the process group
-_Job = tuple[torch.Tensor, _Work, float, "queue.SimpleQueue[BaseException | None]"]  # of what, until when, and how it went
+# of what, until when, how it went, and the stream of the caller, if any
+_Job = tuple[torch.Tensor, _Work, float, "queue.SimpleQueue[BaseException | None]", Any]
 dist: Any = torch.distributed  # its type hints leave out half of what is used here
 BACKENDS = ("gloo", "nccl")
 _GRACE_S = 0.5  # gloo's own timeout comes first and says more
@@ -97,7 +98,8 @@ class BroadcastGroup:
         self._broadcasts, self._nbytes, self._seconds = 0, 0, 0.0
 
     def broadcast(self, tensor: torch.Tensor) -> None:
-        """Rank 0's bytes into every other rank's tensor: contiguous, any dtype, as many bytes at each end. Blocking.
+        """Rank 0's bytes into every other rank's tensor: contiguous, any dtype, as many bytes at each end. Blocking. On a GPU
+        it begins when the caller's stream has done what it was given, and what came is there for every stream.
 
         Raises RendezvousError (the group did not form), PeerDiedError (a member went), DeadlineError. After any of them
         the group is of no more use: close it and form another under a new epoch.
@@ -121,7 +123,8 @@ class BroadcastGroup:
         if self._jobs is None:
             self._jobs = queue.SimpleQueue()
             threading.Thread(target=self._serve, args=(self._jobs,), name=f"broadcast-{self._epoch}", daemon=True).start()
-        self._jobs.put((tensor, work, start + self._deadline_s, outcome))
+        stream = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+        self._jobs.put((tensor, work, start + self._deadline_s, outcome, stream))
         try:
             error = outcome.get(timeout=self._deadline_s + _GRACE_S)
         except queue.Empty:
@@ -159,11 +162,16 @@ class BroadcastGroup:
             del job  # a slab is held no longer than it takes
 
     def _run(
-        self, tensor: torch.Tensor, work: _Work, end: float, outcome: queue.SimpleQueue[BaseException | None]
+        self,
+        tensor: torch.Tensor,
+        work: _Work,
+        end: float,
+        outcome: queue.SimpleQueue[BaseException | None],
+        callers: Any,
     ) -> None:
         """The body of one broadcast, or of one sum."""
         try:
-            with self._own_stream(tensor):
+            with self._own_stream(tensor, callers):
                 if self._group is None:
                     self._group = self._form(end)
                 if self._broken:
@@ -178,12 +186,13 @@ class BroadcastGroup:
         except BaseException as error:  # noqa: BLE001 this thread has no one else to tell; broadcast() raises it
             outcome.put(error)
 
-    def _own_stream(self, tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    def _own_stream(self, tensor: torch.Tensor, callers: Any) -> contextlib.AbstractContextManager[Any]:
         if not tensor.is_cuda:
             return contextlib.nullcontext()
         torch.cuda.set_device(tensor.device)
         if self._stream is None:
             self._stream = torch.cuda.Stream(tensor.device, priority=-1)  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(callers)  # the memory may be one that it still works on
         return torch.cuda.stream(self._stream)
 
     def _form(self, end: float) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from weft.kernels.pack import reference
 from weft.kernels.pack.places import Places, Target, pair_targets
 
-__all__ = ["Places", "Target", "pair_targets", "scatter_slab", "sum_slot"]
+__all__ = ["Places", "Target", "pair_targets", "scatter_slab", "sum_slot", "sum_words"]
 
 
 def scatter_slab(slab: Tensor, places: Places, slot: int, scale: float, sums: Tensor | None = None) -> Tensor:
@@ -33,3 +34,14 @@ def sum_slot(places: Places, slot: int) -> Tensor:
 
         return triton.sum_slot(places, slot)
     return reference.sum_slot(places, slot)
+
+
+def sum_words(words: Tensor) -> Tensor:
+    """int16 [n] -> the sum of the words, word i counting 2 i + 1 times, modulo 2^64: int64 [], on the same device. One read,
+    and no memory beside it. On CUDA nothing waits for it."""
+    assert words.dim() == 1 and words.is_contiguous() and words.dtype == torch.int16
+    if words.device.type == "cuda":
+        from weft.kernels.pack import triton  # needs a GPU's driver, or its interpreter
+
+        return triton.sum_words(words)
+    return reference.sum_words(words)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from weft.kernels.pack.places import BLOCK, Places
 
+CHUNK = 1 << 16  # words that are widened at a time
+
 
 @torch.no_grad()
 def scatter_slab(slab: Tensor, places: Places, slot: int, scale: float, sums: Tensor | None = None) -> Tensor:
@@ -32,4 +34,14 @@ def sum_slot(places: Places, slot: int) -> Tensor:
         bits = held.view(torch.int32 if held.element_size() == 4 else torch.int16).to(torch.int64)
         total += (bits * (2 * torch.arange(first, first + len(bits), device=bits.device) + 1)).sum()
         first += -(-len(bits) // BLOCK) * BLOCK
+    return total
+
+
+@torch.no_grad()
+def sum_words(words: Tensor) -> Tensor:
+    """As `weft.kernels.pack.sum_words` says."""
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for first in range(0, len(words), CHUNK):
+        part = words[first : first + CHUNK].to(torch.int64)
+        total += (part * (2 * torch.arange(first, first + len(part), device=words.device) + 1)).sum()
     return total

@@ -38,12 +38,28 @@ def sum_slot(places: Places, slot: int) -> Tensor:
     return sums.sum()
 
 
+@torch.no_grad()
+def sum_words(words: Tensor) -> Tensor:
+    """As `weft.kernels.pack.sum_words` says, on the current stream; nothing waits for it."""
+    sums = torch.zeros(SPREAD, dtype=torch.int64, device=words.device)
+    _sum_words[(triton.cdiv(len(words), BLOCK),)](words, sums, len(words), BLOCK=BLOCK, SPREAD=SPREAD, num_warps=WARPS)
+    return sums.sum()
+
+
 @triton.jit
 def _add(sums, value, program, inside, BLOCK: tl.constexpr, SPREAD: tl.constexpr):
     """One program's part of the sum over a slot. value [BLOCK], of the stacks' type."""
     bits = value.to(tl.int16 if value.dtype.primitive_bitwidth == 16 else tl.int32, bitcast=True).to(tl.int64)
     counts = 2 * (program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)) + 1
     tl.atomic_add(sums + program % SPREAD, tl.sum(tl.where(inside, bits * counts, 0), 0))
+
+
+@triton.jit(do_not_specialize=["size"])
+def _sum_words(words, sums, size, BLOCK: tl.constexpr, SPREAD: tl.constexpr):
+    program = tl.program_id(0)
+    place = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    _add(sums, tl.load(words + place, mask=inside, other=0), program, inside, BLOCK, SPREAD)
 
 
 @triton.jit(do_not_specialize=["slot"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,3 +90,31 @@ def test_a_slab_of_another_size_is_refused_and_its_box_is_free_again(tmp_path: P
         shelf.taker.take(tmp_path / "1.slab", SIZE + 1)
     shelf.boxes.put(weights(2), "b", tmp_path / "2.slab")
     assert len(shelf.buffers) == 1
+
+
+def test_a_box_is_the_memory_of_the_stream_that_writes_it_and_told_of_when_that_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made on another stream, it could be what that one has let go of and still works on."""
+    done: list[str] = []
+
+    class Stream:
+        def synchronize(self) -> None:
+            done.append("waited")
+
+    @contextmanager
+    def using(stream: Any) -> Iterator[None]:
+        done.append("entered" if stream is boxes._stream else "another")
+        yield
+        done.append("left")
+
+    def export(buffer: Tensor) -> list[int]:
+        assert not list(tmp_path.iterdir())
+        return [0]
+
+    empty, boxes = torch.empty, Boxes(torch.device("cpu"), export)
+    monkeypatch.setattr(boxes, "_stream", Stream())
+    monkeypatch.setattr(torch.cuda, "stream", using)
+    monkeypatch.setattr(torch, "empty", lambda *size, **kind: (done.append("made"), empty(*size, **kind))[1])
+    boxes.put(weights(1), "a", tmp_path / "1.slab")
+    assert done == ["entered", "made", "left", "waited"]

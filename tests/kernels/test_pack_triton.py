@@ -6,6 +6,7 @@ from torch import Tensor
 
 from weft.kernels.pack import Places, pair_targets, reference
 from weft.kernels.pack import triton as kernels
+from weft.kernels.pack.places import BLOCK
 
 torch.set_num_threads(1)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,6 +56,12 @@ def test_what_changes_in_a_slot_changes_its_sum_and_so_do_two_elements_that_chan
     before = int(kernels.sum_slot(places, 1))
     stacked[1][0][1, 3, 7], stacked[2][1][1, 0, 2] = other, one
     assert int(kernels.sum_slot(places, 1)) != before
+
+
+@pytest.mark.parametrize("count", [1, 7, BLOCK, 3 * BLOCK + 5])
+def test_a_sum_of_words_is_that_of_the_reference(count: int) -> None:
+    words = torch.randint(-(2**15), 2**15, (count,), dtype=torch.int16, device=DEVICE)
+    assert kernels.sum_words(words) == reference.sum_words(words)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

@@ -214,6 +214,26 @@ def test_the_default_group_of_the_process_is_left_alone(member: Make, store: Ren
     assert not dist.is_initialized()
 
 
+def test_a_groups_own_stream_waits_for_what_the_callers_has_queued(store: RendezvousStore, monkeypatch: pytest.MonkeyPatch):
+    """What the caller's stream still works on may be the very memory that is to be written."""
+    waited: list[tuple[object, object]] = []
+
+    class Stream:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def wait_stream(self, other: object) -> None:
+            waited.append((self, other))
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    group = BroadcastGroup(store.address, "1", 0, 2)
+    there = type("OnGpu", (), {"is_cuda": True, "device": "cuda:0"})()
+    for callers in ("one", "another"):
+        with group._own_stream(there, callers) as own:
+            assert waited[-1] == (own, callers)
+
+
 def test_the_store_listens_on_its_host_alone(store: RendezvousStore):
     host, port = store.address.split(":")
     assert host == "127.0.0.1"
