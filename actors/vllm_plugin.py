@@ -2,8 +2,8 @@
 
 vLLM calls `register` (entry point `vllm.general_plugins`) before it makes a model. With WEFT_LORA_KERNELS=1, on a supported
 version on an NVIDIA GPU, it then has vLLM make `punica.DecodeLora`; otherwise vLLM is left as it is. That is an environment
-variable because a plugin is told nothing else, in whichever process it runs. It is off by itself until
-benchmarks/decode.py has shown on a card that vLLM with it is right and never slower.
+variable because a plugin is told nothing else, in whichever process it runs. It is off by itself, and
+to be left off: on an H200 vLLM 0.24 with it did not pass the gate of benchmarks/decode.py, for a reason not found yet.
 
 Four of vLLM's methods are replaced, in the versions whose source was read for it:
     platform.get_punica_wrapper             names ours
