@@ -15,7 +15,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -99,10 +99,11 @@ class _Group:
 
 @dataclass
 class Times:
-    """Seconds of one slab's way."""
+    """Seconds of one slab's way, and whether its bytes are there."""
 
     broadcast: float = 0.0
     install: float = 0.0
+    sent: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class FanOut:
@@ -124,16 +125,21 @@ class FanOut:
         self.home = torch.device("cuda", max(torch.cuda.device_count() - 1, 0))  # for slabs that come from the host
 
     async def send(
-        self, handle: SlabHandle, slab: Slab, peers: Sequence[Peer], canary: asyncio.Future[Canary] | None = None
+        self,
+        handle: SlabHandle,
+        slab: Slab,
+        peers: Sequence[Peer],
+        canary: asyncio.Future[Canary] | None = None,
+        times: Times | None = None,
     ) -> Times:
         """Returns when every peer that is still serving has installed the slab. It is announced before it is asked for.
-        canary: for a handle without.
+        canary: for a handle without. times: to be filled in meanwhile, and returned.
 
         Raises InstallError naming the samplers that refuse it; RendezvousError, PeerDiedError or DeadlineError when
         ROUNDS broadcasts have failed: over NCCL, and then, if the configuration allows it, through the host too. A broadcast
         over NCCL that took the whole deadline is not tried again where there is the host to go through.
         """
-        times, failures = Times(), list[WeftError]()
+        times, failures = times or Times(), list[WeftError]()
         refusals: dict[Peer, WeftError] = {}
         while waiting := [peer for peer in peers if peer not in refusals and self._waits(peer, handle.ref)]:
             if len(failures) >= ROUNDS or (failures and self._time_is_up(failures[-1])):
@@ -204,10 +210,19 @@ class FanOut:
         group.announced += 1
         failure: WeftError | None = None
 
+        async def take() -> WeftError | None:
+            try:
+                await asyncio.to_thread(slab)  # while those before are broadcast
+            except WeftError as error:
+                return error
+            return None
+
         async def broadcast() -> None:
             nonlocal failure
             async with self._turn:  # which those have who announced before
                 try:
+                    if (error := await taking) is not None:
+                        raise error
                     await asyncio.to_thread(lambda: group.link.broadcast(self._placed(slab())))
                 except WeftError as error:  # raised below, unless it is that the group was ended: a TaskGroup would wrap it
                     failure = error
@@ -217,6 +232,7 @@ class FanOut:
                     raise
 
         async with asyncio.TaskGroup() as tasks:
+            taking = tasks.create_task(take())
             tasks.create_task(broadcast())
             told = partial(self._receive, handle, group, sequence)
             errors = await _ask(group.peers, told, self._config.deadline_s)
@@ -227,6 +243,7 @@ class FanOut:
         if failure is not None:
             raise failure
         times.broadcast += time.monotonic() - started
+        times.sent.set()
         self.bytes_sent += handle.nbytes * _workers(group.peers)
         return {}
 

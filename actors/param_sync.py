@@ -17,20 +17,22 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from weft.actors.fan_out import Client, FanOut, Peer, ask_all
+from weft.actors.fan_out import Client, FanOut, Peer, Times, ask_all
 from weft.actors.slab_ipc import Taker
 from weft.configs.schema import SyncConfig
 from weft.transport import channel
 from weft.transport.errors import InstallError, PeerDiedError
 from weft.transport.messages import (
     AdapterRef,
+    AwaitSent,
     Canary,
     Distribute,
     Distributed,
@@ -46,6 +48,7 @@ from weft.transport.messages import (
     Withdraw,
 )
 
+QUIET_S = 0.05  # after which a canary waits for no other slab: somebody's version waits for it
 DEVICE_BYTES = 8 << 30  # of slabs that are kept on a GPU, which is a trainer's; more go to the host, those not sent for longest
 
 
@@ -75,6 +78,14 @@ class _Taking:
             return self.slab
 
 
+@dataclass
+class _Way:
+    """What is known of a slab while it is distributed."""
+
+    canary: asyncio.Future[Canary] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    times: Times = field(default_factory=Times)
+
+
 class ParamSync:
     """One relay. `await start()`, then any number of `handle` at once, then `await aclose()`."""
 
@@ -88,7 +99,7 @@ class ParamSync:
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()  # by adapter
         self._fan_out: FanOut | None = None
         self._taker = Taker()
-        self._canaries: dict[AdapterRef, asyncio.Future[Canary]] = {}  # of slabs on their way
+        self._ways: dict[AdapterRef, _Way] = {}
         self._distributed = 0
 
     async def start(self) -> None:
@@ -103,9 +114,11 @@ class ParamSync:
             case JoinSampler():
                 return await self._join(message)
             case Canary(ref):
-                if (canary := self._canaries.get(ref)) is not None and not canary.done():
-                    canary.set_result(message)
+                if (way := self._ways.get(ref)) is not None and not way.canary.done():
+                    way.canary.set_result(message)
                 return Done()
+            case AwaitSent(ref):
+                return await self._await_sent(ref)
             case Serve():
                 return await self._serve(message)
             case Withdraw():
@@ -125,17 +138,28 @@ class ParamSync:
             self._fan_out.dissolve()
 
     async def _distribute(self, message: Distribute) -> Distributed:
-        ref = message.handle.ref
-        canary = self._canaries[ref] = asyncio.get_running_loop().create_future()
-        if message.handle.canary_logprob is not None:
-            canary.set_result(Canary(ref, message.handle.canary_logprob, message.handle.canary_noise))
+        handle, way = message.handle, _Way()
+        self._ways[handle.ref] = way
+        if handle.canary_logprob is not None:
+            way.canary.set_result(Canary(handle.ref, handle.canary_logprob, handle.canary_noise))
         try:
-            return await self._send(message, canary)
+            return await self._send(message, way)
         finally:
-            if self._canaries.get(ref) is canary:
-                del self._canaries[ref]
+            way.times.sent.set()  # or never
+            if self._ways.get(handle.ref) is way:
+                del self._ways[handle.ref]
 
-    async def _send(self, message: Distribute, canary: asyncio.Future[Canary]) -> Distributed:
+    async def _await_sent(self, ref: AdapterRef) -> Done:
+        """Those of others, too, that are on their way now, but not for long."""
+        if ref in self._ways:
+            await self._ways[ref].times.sent.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(QUIET_S):
+                    for way in list(self._ways.values()):
+                        await way.times.sent.wait()
+        return Done()
+
+    async def _send(self, message: Distribute, way: _Way) -> Distributed:
         started = time.monotonic()
         handle = message.handle
         lock = self._lock(handle.ref.name)
@@ -143,8 +167,9 @@ class ParamSync:
             taking, told = _Taking(handle, self._taker), replace(handle, host="", path="", on_device=False, data=None)
             # One that has left, or never came, is not waited for: what it misses it gets when it joins.
             peers = [self._peers[sampler] for sampler in sorted(message.samplers) if sampler in self._peers]
-            times = await self._fan().send(told, taking, peers, canary)
-            came = await canary  # who joins late is told at once
+            times = await self._fan().send(told, taking, peers, way.canary, way.times)
+            way.times.sent.set()  # if nobody is left to send it to
+            came = await way.canary  # who joins late is told at once
             told = replace(told, canary_logprob=came.logprob, canary_noise=came.noise)
             held = _Held(told, taking.slab if taking.slab is not None else await asyncio.to_thread(taking))
             self._fan().home = self._taker.home or self._fan().home

@@ -244,7 +244,11 @@ class ParamSyncPool:
         return done
 
     async def _follow(self, ref: AdapterRef, closely: bool) -> None:
-        """Send the canary after a slab. When there is none, the slab's way ends too: nobody can check what it brings."""
+        """Send the canary after a slab. When there is none, the slab's way ends too: nobody can check what it brings.
+
+        It is computed on the GPU that the slab comes from, by another process than the relay's: the two would take turns there.
+        """
+        await self._member.request(messages.AwaitSent(ref), 2 * self._deadline_s)
         canary = await self._trainers.canary(ref, closely)
         await self._member.request(canary, self._deadline_s)
 

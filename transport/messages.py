@@ -59,9 +59,8 @@ class TrainBatch:
     """One adapter's optimizer step, packed: T tokens of n rows, no padding.
 
     tokens int32 [T]; offsets int32 [n + 1] (row i is offsets[i]:offsets[i+1]); mask bool [T] (True: this token was sampled
-    and has a loss); sampler_logprobs float32 [T]; versions int32 [T]; advantages float32 [n];
-    groups int32 [n] (siblings share one). loss_tokens, loss_rows: the denominators of the whole step, which rows left out
-    (advantage 0) still count in.
+    and has a loss); sampler_logprobs float32 [T]; versions int32 [T]; advantages float32 [n]; groups int32 [n] (siblings share
+    one). loss_tokens, loss_rows: the denominators of the whole step, which rows left out (advantage 0) still count in.
     """
 
     ref: AdapterRef
@@ -169,9 +168,8 @@ class Install:
 
 @dataclass(frozen=True)
 class Canary:
-    """-> Done, of a sampler, whose Install waits for it, and of a relay, which tells the samplers. logprob: the trainer's, of
-    the canary tokens under a version whose handle came without. noise: what rounding alone does to it, in nats, where the
-    trainer was asked to look closely (actors/canary.py)."""
+    """-> Done, of a sampler, whose Install waits for it, and of a relay, which tells the samplers. logprob: the trainer's;
+    noise: what rounding does to it, in nats, where it was asked to look closely (actors/canary.py)."""
 
     ref: AdapterRef
     logprob: float
@@ -337,12 +335,18 @@ class TrainerStatistics:
 
 @dataclass(frozen=True)
 class Distribute:
-    """-> Distributed, when every named sampler has installed it. Takes the slab over: the trainer may go on. A handle without a
-    canary is followed by it."""
+    """-> Distributed, when every named sampler has installed it. Takes the slab over: the trainer may go on."""
 
     handle: SlabHandle
     samplers: tuple[int, ...]
     supersedes: AdapterRef | None = None  # retired on the same samplers once this one is installed
+
+
+@dataclass(frozen=True)
+class AwaitSent:
+    """-> Done, when the slab of this version has been broadcast: what is left are installs, and what they wait for."""
+
+    ref: AdapterRef
 
 
 @dataclass(frozen=True)
@@ -355,8 +359,7 @@ class Distributed:
 
 @dataclass(frozen=True)
 class JoinSampler:
-    """-> Done, when this sampler answers. It holds nothing yet. A new endpoint replaces the old. workers: of its engine, each
-    of which takes part in broadcasts."""
+    """-> Done, when this sampler answers; it holds nothing yet. A new endpoint replaces the old. workers: its engine's."""
 
     sampler: int
     endpoint: str

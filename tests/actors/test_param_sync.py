@@ -244,14 +244,35 @@ def test_weights_go_before_their_canary_and_nobody_has_installed_them_without_it
             handle = messages.SlabHandle(**{**vars(whole), "canary_logprob": None})
             async with asyncio.TaskGroup() as tasks:
                 syncing = tasks.create_task(sync.handle(Distribute(handle, (0,))))
-                while not (await sync.handle(messages.GetStatistics())).bytes_sent:  # noqa: ASYNC110  of a process of its own
-                    await asyncio.sleep(0)
+                await asyncio.sleep(0)
+                await sync.handle(messages.AwaitSent(whole.ref))
+                assert (await sync.handle(messages.GetStatistics())).bytes_sent == whole.nbytes
                 await sync.handle(messages.Canary(AdapterRef("a", 0, 0), -5.0))  # of another version
                 assert await samplers[0].live() == [] and not syncing.done()
                 await sync.handle(messages.Canary(whole.ref, CANARY))
             assert await samplers[0].live() == as_live(whole)
             await sync.handle(Serve(1, "a"))  # who comes late waits for none
             assert await samplers[1].live() == as_live(whole)
+
+    run(test)
+
+
+@pytest.mark.parametrize("fault", [None, "die-at-receive:1", "die-at-broadcast:1"])
+def test_a_slab_that_nobody_is_left_to_receive_waits_for_no_broadcast(sampler: Make, fault: str | None):
+    async def test() -> None:
+        samplers = [] if fault is None else [sampler(fault)]
+        async with relay(*samplers) as sync:
+            whole = handle_of("a", 1)
+            handle = messages.SlabHandle(**{**vars(whole), "canary_logprob": None})
+            async with asyncio.timeout(DEADLINE_S / 2), asyncio.TaskGroup() as tasks:
+                tasks.create_task(sync.handle(Distribute(handle, (0,))))
+                await asyncio.sleep(0)
+                await sync.handle(messages.AwaitSent(whole.ref))
+                await sync.handle(messages.Canary(whole.ref, CANARY))
+            late = sampler()
+            await sync.handle(JoinSampler(1, late.endpoint))
+            await sync.handle(Serve(1, "a"))
+            assert await late.live() == as_live(whole)
 
     run(test)
 

@@ -186,6 +186,8 @@ class Relay:
                         await self._ask(sampler, messages.Retire(message.supersedes))
                 self.newest[message.handle.ref.name] = message.handle
                 return messages.Distributed(0.0, 0.0, 0.0)
+            case messages.AwaitSent():
+                return messages.Done()
             case messages.Canary():
                 self.canaries[message.ref].set()
                 return messages.Done()
