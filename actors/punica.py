@@ -110,6 +110,19 @@ class DecodeLora(PunicaWrapperGPU):  # type: ignore[misc]
         stacks = list(lora_a_stacked), list(lora_b_stacked)
         torch.ops.weft.lora_linear(y, x, *stacks, self.weft_table, self.weft_idle, self.weft_tokens, scale, add_inputs)
 
+    def add_shrink(self, *arguments: Any, **kwargs: Any) -> None:
+        self._check_theirs()
+        super().add_shrink(*arguments, **kwargs)
+
+    def add_expand(self, *arguments: Any, **kwargs: Any) -> None:
+        self._check_theirs()
+        super().add_expand(*arguments, **kwargs)
+
+    def _check_theirs(self) -> None:
+        """vLLM's own kernels would read tables that nobody has written. It traces its layers as it starts."""
+        if self.weft_alone:
+            raise RuntimeError("a layer calls vLLM's own LoRA kernels, though weft's were to do all: WEFT_LORA_KERNELS=0")
+
 
 def slots_of(ids: Sequence[int], index_to_id: Sequence[int | None]) -> np.ndarray:
     """Each token's slot: -1 for id 0, which is the base alone. Raises ValueError for an id that has no slot."""

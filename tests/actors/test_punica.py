@@ -11,9 +11,13 @@ import pytest
 import torch
 import vllm.lora.punica_wrapper.punica_gpu as theirs
 from torch import Tensor, nn
+from vllm.config.lora import LoRAConfig
+from vllm.lora.layers import column_parallel_linear
 from vllm.lora.layers.utils import LoRAMapping
+from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
 
+from weft.actors import vllm_plugin
 from weft.actors.punica import DecodeLora, slots_of
 
 SLOTS, RANK, INPUT, WIDTHS = 5, 16, 24, (24, 8, 16)
@@ -108,6 +112,46 @@ def test_what_is_compiled_once_follows_the_batch(backend: str) -> None:
         exact = 2 * wanted(block.base(x + 1), x + 1, ids, a, b)
         close(compiled(x), exact)
     torch._dynamo.reset()
+
+
+class GateUp(column_parallel_linear.MergedColumnParallelLinearWithLoRA):
+    """vLLM's layer of gate and up over a base product alone, which calls its adapters as vLLM 0.24 has it call them."""
+
+    def __init__(self, made: DecodeLora, a: Any, b: Any, sharded: bool) -> None:
+        nn.Module.__init__(self)
+        self.base_layer = nn.Linear(INPUT, sum(WIDTHS), bias=False, dtype=torch.bfloat16).requires_grad_(False)
+        self.base_layer.quant_method = types.SimpleNamespace(apply=lambda layer, x, bias: layer(x))
+        self.punica_wrapper, self.lora_a_stacked, self.lora_b_stacked = made, a, b
+        self.output_slices, self.n_slices, self._enable_aux_cuda_stream = WIDTHS, len(WIDTHS), False
+        self.lora_config = types.SimpleNamespace(fully_sharded_loras=sharded)
+
+    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return column_parallel_linear._mcp_apply(x, bias, self)
+
+
+def test_gate_and_up_call_the_wrapper_once_and_vllms_own_kernels_never(monkeypatch: pytest.MonkeyPatch) -> None:
+    for owner, name in ((LoRAModelManager, "_set_adapter_mapping"), (LoRAModelManager, "activate_adapter"),
+                        (LoRAConfig, "compute_hash"), (column_parallel_linear, "_mcp_apply")):  # fmt: skip
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    made, (a, b), ids = wrapper(), stacks(), [11, 12, 0, 14]
+    layer = GateUp(made, a, b, sharded=False)
+    made.weft_meet({"gate_up": layer}, RANKS)
+    mapped(made, ids)
+    x = torch.randn(len(ids), INPUT).bfloat16()
+    with pytest.raises((RuntimeError, AssertionError)):  # as vLLM calls them: into tables that nobody keeps
+        layer.apply(x)
+    vllm_plugin.install(type("Platform", (), {}), LoRAModelManager, LoRAConfig, column_parallel_linear)
+    close(layer.apply(x), wanted(layer.base_layer(x), x, ids, a, b))
+    with pytest.raises((RuntimeError, AssertionError)):  # what is spread over GPUs is left to vLLM
+        GateUp(made, a, b, sharded=True).apply(x)
+
+
+def test_vllms_own_kernels_are_not_called_where_ours_do_all() -> None:
+    made, (a, b) = wrapper(), stacks()
+    made.weft_meet({"qkv": module(a, b)}, RANKS)
+    for call in (made.add_shrink, made.add_expand):
+        with pytest.raises(RuntimeError, match="WEFT_LORA_KERNELS"):
+            call(None)
 
 
 def test_what_the_kernels_do_not_take_runs_on_vllms_own_and_is_said_once(

@@ -31,7 +31,8 @@ from vllm.config.lora import LoRAConfig
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.platforms import current_platform
 from weft.actors import vllm_plugin
-vllm_plugin.install(type(current_platform), LoRAModelManager, LoRAConfig)
+from vllm.lora.layers import column_parallel_linear
+vllm_plugin.install(type(current_platform), LoRAModelManager, LoRAConfig, column_parallel_linear)
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 base, folder, mix = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])

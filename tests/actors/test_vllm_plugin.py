@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from vllm.config.lora import LoRAConfig
+from vllm.lora.layers import column_parallel_linear
 from vllm.lora.layers.utils import LoRAMapping
 from vllm.lora.model_manager import LoRAModelManager
 
@@ -60,7 +61,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> type[Gpu]:
     fresh = type("Fresh", (Gpu,), {})
     monkeypatch.setattr("vllm.platforms._current_platform", fresh())
     for owner, name in ((LoRAModelManager, "_set_adapter_mapping"), (LoRAModelManager, "activate_adapter"),
-                        (LoRAConfig, "compute_hash")):  # fmt: skip
+                        (LoRAConfig, "compute_hash"), (column_parallel_linear, "_mcp_apply")):  # fmt: skip
         monkeypatch.setattr(owner, name, getattr(owner, name))
     monkeypatch.delattr(vllm_plugin.register, "said", raising=False)
     monkeypatch.setenv(vllm_plugin.VARIABLE, "1")
