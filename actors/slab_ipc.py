@@ -74,6 +74,12 @@ class Boxes:
         part.write_text(json.dumps({"pid": os.getpid(), "address": box.address}))
         part.replace(file)
 
+    def forget(self, owner: str) -> None:
+        """It publishes no more: what nobody has come for is free."""
+        for box in self._boxes:
+            if box.owner == owner:
+                box.free_for(owner)
+
 
 class Taker:
     """The relay's side: boxes of every trainer of this machine, each opened once. For any thread."""

@@ -19,12 +19,11 @@ import functools
 import hashlib
 import os
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,11 +34,11 @@ from torch import Tensor
 from weft.actors.adapter_store import AdapterStore
 from weft.actors.blame import blamed_on
 from weft.actors.canaries import Canaries, Found
-from weft.actors.checksum import checksum
 from weft.actors.launch import check_batch
 from weft.actors.learner import Adapter, Learner
 from weft.actors.lora import SlabLayout, init_pairs, linear_shapes, resolve_targets
 from weft.actors.model import load_model, read_config
+from weft.actors.outgoing import Outgoing
 from weft.actors.peft_folder import read_peft_folder, write_peft_folder
 from weft.actors.shared_step import SharedSteps
 from weft.actors.slab_ipc import Boxes
@@ -75,7 +74,7 @@ class Trainer:
         file says where. ranks: that are known to come; what they need compiled is compiled at the start."""
         self._model_folder, self._dtype = Path(model_folder), getattr(torch, model_dtype)
         self._base_precision, self._config = base_precision, config
-        self._folder, self._slab_folder = Path(folder), Path(slab_folder)
+        self._folder = Path(folder)
         self._device = torch.device(device)
         self._store = AdapterStore(
             self._device, self._dtype, config.device_adapters, config.host_adapters, self._folder / "adapters"
@@ -87,11 +86,11 @@ class Trainer:
         self._canaries = Canaries(self._canaries_of, functools.partial(_own_stream, self._device))
         self._adapters: dict[str, Adapter] = {}
         self._shared = SharedSteps(self._store)
-        self._boxes = Boxes(self._device) if shares_device else None
+        self._outgoing = Outgoing(Path(slab_folder), Boxes(self._device) if shares_device else None)
         self._ranks = ranks
         self._shapes = linear_shapes(read_config(self._model_folder))
         self._warm_up: WarmUp | None = None
-        self._slabs_written = self._steps = self._tokens_trained = 0
+        self._steps = self._tokens_trained = 0
         self._busy_seconds = 0.0
         training: dict[type, Callable[[Any], Any]] = {
             messages.TrainStep: self._train_step,
@@ -196,6 +195,7 @@ class Trainer:
             with self._locked([message.name]):
                 del self._adapters[message.name]
                 self._store.drop(message.name)
+                self._outgoing.forget(message.name)
         return messages.Done()
 
     @contextmanager
@@ -266,7 +266,14 @@ class Trainer:
         for batch, metrics, result in zip(batches, all_metrics, self._step(adapters) if step else held, strict=True):
             tokens = len(batch.tokens)
             self._tokens_trained += tokens
-            yield replace(result, tokens=tokens, metrics={**metrics, **result.metrics})
+            yield replace(result, tokens=tokens, metrics={**metrics, **result.metrics}, slab=self._slab_of(result, step))
+
+    def _slab_of(self, result: StepResult, stepped: bool) -> messages.SlabHandle | None:
+        """Where the slab costs no more than a copy on the GPU it goes with the step's result, and nobody need ask for it."""
+        if stepped and not result.fault and self._outgoing.on_device:
+            with suppress(OSError), self._store.hold([result.ref.name]) as (slabs,):  # who asks for it then is told
+                return self._outgoing.hand_over(self._adapters[result.ref.name], slabs.weights, self._learner.base_canary)
+        return None
 
     def _optim_step(self, message: messages.OptimStep) -> messages.StepResults:
         began = time.perf_counter()
@@ -312,35 +319,8 @@ class Trainer:
     # ---- weights out and in ----
 
     def _publish(self, message: messages.Publish) -> messages.SlabHandle:
-        ref = message.ref
-        self._slabs_written += 1
-        # a number of its own: what takes the slab of an earlier publish of this version removes that file, never this one
-        path = self._slab_folder / f"{ref.name}-{ref.lineage}-{ref.version}-{os.getpid()}-{self._slabs_written}.slab"
-        with self._own_version(ref) as adapter, self._store.hold([ref.name]) as (slabs,):
-            adding = checksum(slabs.weights)  # beside the copy into the box
-            if self._boxes is not None:
-                self._boxes.put(slabs.weights, ref.name, path)
-            words = int(adding)
-            raw = None if self._boxes is not None else slabs.weights.cpu().clone().view(torch.uint8).numpy()
-        if raw is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            raw.tofile(part)
-            part.replace(path)
-        return messages.SlabHandle(
-            ref=ref,
-            nbytes=adapter.layout.numel * self._dtype.itemsize,
-            dtype=str(self._dtype).removeprefix("torch."),
-            rank=adapter.layout.rank,
-            scale=adapter.config.lora.scale,
-            modules=adapter.layout.modules,
-            canary_logprob=None,  # which is asked for when this is on its way
-            base_logprob=self._learner.base_canary,
-            host=socket.gethostname(),
-            path=str(path),
-            on_device=raw is None,
-            checksum=words,
-        )
+        with self._own_version(message.ref) as adapter, self._store.hold([adapter.name]) as (slabs,):
+            return self._outgoing.hand_over(adapter, slabs.weights, self._learner.base_canary)
 
     def _canaries_of(self, asked: Sequence[messages.AskCanary]) -> dict[messages.AskCanary, Found]:
         """By one forward, but for their noise. Of a version that is not here any more: why there is none."""

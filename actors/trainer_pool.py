@@ -101,6 +101,7 @@ class TrainerPool:
         self._deadline_s = deadline_s  # of making an adapter: its environment or weights
         self._lives = {member: _Life(member) for member in members}
         self._home: dict[str, _Home] = {}
+        self._slabs: dict[str, SlabHandle] = {}  # that came with a step
 
     @property
     def capacity(self) -> int:
@@ -148,6 +149,7 @@ class TrainerPool:
 
     async def drop(self, name: str) -> None:
         self._added.pop(name, None)
+        self._slabs.pop(name, None)
         home = self._home.pop(name, None)
         for life in home or ():
             await self._drop_at(life, name)
@@ -212,6 +214,7 @@ class TrainerPool:
             shares = [{name: len(own[rank].tokens) for name, own in parts.items()} for rank in range(len(home))]
         else:
             results, shares = await home[0].request(messages.TrainStep(tuple(batches))), []
+        self._slabs |= {one.ref.name: one.slab for one in results.results if one.slab is not None}
         numbers = [self._members.index(life.member) for life in home]
         return replace(results, trainer=numbers[0], shares=tuple(zip(numbers, shares, strict=False)))
 
@@ -291,8 +294,11 @@ class TrainerPool:
         await self._home[ref.name][0].request(messages.Export(ref, folder))
 
     async def publish(self, ref: AdapterRef) -> SlabHandle:
-        """The weights of `ref`, for the relay."""
-        handle: SlabHandle = await self._home[ref.name][0].request(messages.Publish(ref), self._deadline_s)
+        """The weights of `ref`, for the relay: what came with its step, once, and else what its trainer says."""
+        home, there = self._home[ref.name][0], self._slabs.get(ref.name)
+        if there is not None and there.ref == ref and not home.ended:
+            return self._slabs.pop(ref.name)
+        handle: SlabHandle = await home.request(messages.Publish(ref), self._deadline_s)
         return handle
 
     async def canary(self, ref: AdapterRef, closely: bool = False) -> messages.Canary:

@@ -136,8 +136,7 @@ class DropAdapter:
 
 @dataclass(frozen=True)
 class Rollout:
-    """-> Group. Samples `group_size` rollouts of one prompt under `ref`, or under the newest installed version of its lineage
-    if `ref` has been retired on the way; `Group.ref` says which."""
+    """-> Group of one prompt's rollouts under `ref`, or, once that is retired, under the newest of its lineage that is here."""
 
     ref: AdapterRef
     prompt_index: int
@@ -250,6 +249,7 @@ class StepResult:
     tokens: int
     metrics: Mapping[str, float]
     fault: str = ""
+    slab: SlabHandle | None = None  # of the new version, where it can be had already
 
 
 @dataclass(frozen=True)

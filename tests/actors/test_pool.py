@@ -133,16 +133,18 @@ class Trainer:
                 refs = [batch.ref for batch in message.batches]
                 assert all(self.versions[ref.name] == ref for ref in refs)
                 self.versions.update({ref.name: AdapterRef(ref.name, ref.lineage, ref.version + 1) for ref in refs})
-                return messages.StepResults(tuple(messages.StepResult(self.versions[ref.name], 0, {}) for ref in refs), 1.0)
+                slabs = {ref.name: self._slab(self.versions[ref.name]) if self.world.slabs_with_steps else None for ref in refs}
+                results = [messages.StepResult(self.versions[ref.name], 0, {}, slab=slabs[ref.name]) for ref in refs]
+                return messages.StepResults(tuple(results), 1.0)
             case messages.Publish():
                 if self.versions[message.ref.name] != message.ref:
                     raise VersionError(f"{self.versions[message.ref.name]} is here")
+                self.world.publishes += 1
                 if self.world.full:
                     raise OSError("No space left on device")
                 self.world.publishing.set()
                 await self.world.may_publish.wait()
-                path = self.world.slab(message.ref)
-                return messages.SlabHandle(message.ref, 0, "float32", 1, 1.0, (), None, 0.0, path=path)
+                return self._slab(message.ref)
             case messages.AskCanary():
                 self.world.asked.append(message)
                 return messages.Canary(message.ref, -1.0)
@@ -152,6 +154,10 @@ class Trainer:
             case messages.DropAdapter():
                 self.versions.pop(message.name, None)
                 return messages.Done()
+
+
+    def _slab(self, ref: AdapterRef) -> messages.SlabHandle:
+        return messages.SlabHandle(ref, 0, "float32", 1, 1.0, (), None, 0.0, path=self.world.slab(ref))
 
 
 class Relay:
@@ -236,6 +242,7 @@ class World:
         self.may_add.set()  # to a trainer
         self.adds = 0  # that trainers were asked for
         self.asked: list[messages.AskCanary] = []
+        self.slabs_with_steps, self.publishes = False, 0
         self.slabs: Path | None = None
         self.full = False  # the place for them
         self.unanswered: set[tuple[str, type]] = set()  # messages that a kind of process takes and never answers
@@ -523,6 +530,35 @@ def test_a_publish_in_flight_survives_the_relays_death_and_every_version_is_give
             await world.kill(f"sampler-{max(homes[0])}")  # and what the new relay holds is enough for those that go on
             await world.until(lambda: not pools.sampler_members[max(homes[0])].ready)
             assert (await pools.samplers.rollout(newer, 0, 1)).ref == newer
+
+    asyncio.run(law())
+
+
+def test_a_slab_that_came_with_its_step_is_asked_for_no_more_but_once_it_has_been_lost() -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            ref = await pools.add("a")
+            world.slabs_with_steps, world.publishes = True, 0
+            for _ in range(2):
+                newer = await pools.step(ref)
+                await pools.sync.publish(newer, ref)
+                assert pools.having(newer) and world.publishes == 0
+                ref = newer
+            unused = await pools.step(ref)
+            newer = await pools.step(unused)
+            world.now("relay").actor.hold.clear()
+            world.distributing.clear()
+            async with asyncio.TaskGroup() as tasks:
+                publishing = tasks.create_task(pools.sync.publish(newer, ref))
+                await world.distributing.wait()
+                await world.kill("relay")
+                await publishing
+            assert pools.having(newer) and world.publishes == 1, "the relay that had it is dead"
+            newest = await pools.step(newer)
+            with pytest.raises(VersionError):
+                await pools.trainers.publish(newer)  # as for a new relay, while the newest is on its way
+            await pools.sync.publish(newest, newer)
+            assert pools.having(newest) and world.publishes == 1
 
     asyncio.run(law())
 

@@ -13,6 +13,7 @@ from weft.actors.canary import canary_allowance, canary_tokens
 from weft.actors.checksum import checksum
 from weft.actors.lora import init_pairs
 from weft.actors.peft_folder import read_peft_folder
+from weft.actors.slab_ipc import Boxes, Taker
 from weft.configs.expand import to_mapping
 from weft.configs.schema import AdapterConfig, LoraConfig, LossConfig, OptimizerConfig
 from weft.transport import messages
@@ -142,6 +143,36 @@ def test_a_published_slab_is_the_weights_of_that_version(make: Make, dtype: str,
     again = bench.ask(messages.Publish(AdapterRef("two", 0, 1)))
     assert again.path != handle.path  # whoever takes the first removes its own file
     assert not list(Path(handle.path).parent.glob("*.part"))
+
+
+def test_where_slabs_stay_on_the_device_a_step_brings_its_versions_slab_and_one_that_is_not_taken_brings_none(
+    make: Make, batch: MakeBatch
+) -> None:
+    bench, buffers = make(ONE, TWO), list[torch.Tensor]()
+
+    def export(buffer: torch.Tensor) -> list[int]:
+        buffers.append(buffer)
+        return [len(buffers) - 1]
+
+    taker = Taker(lambda address: buffers[address[0]])
+    assert bench.step(batch("one"))["one"].slab is None, "a file costs the step its time"
+    bench.trainer._outgoing._boxes = Boxes(torch.device("cpu"), export)
+    bad = batch("one", 1)
+    bad.advantages[0] = np.nan
+    results = bench.step(bad, batch("two"))
+    assert results["one"].fault and results["one"].slab is None
+    slab = results["two"].slab
+    assert slab.ref == AdapterRef("two", 0, 1) and slab.on_device and slab.canary_logprob is None
+    came = taker.take(Path(slab.path), slab.nbytes)
+    assert torch.equal(came.view(torch.float32), bench.state("two")[0]) and int(checksum(came)) == slab.checksum
+    unasked = bench.step(batch("two", 1))["two"].slab
+    again = bench.ask(messages.Publish(AdapterRef("two", 0, 2)))
+    assert again.path != unasked.path and not Path(unasked.path).exists(), "nobody came for that one"
+    bench.ask(messages.DropAdapter("two"))
+    assert not Path(again.path).exists() and bench.step(batch("one", 1))["one"].slab is not None
+    assert len(buffers) == 2, "of two sizes: what has left gives its box back"
+    (result,) = bench.ask(messages.ForwardBackward((batch("one", 2),))).results
+    assert result.slab is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
