@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -117,6 +118,9 @@ class Learner:
                     self._launch(pieces, adapters, batches, trained, tallies)
                 metrics = [tally.metrics() for tally in tallies]  # within the hold: slabs move only when their sums are done
             except BaseException:  # half a gradient is none: what failed may be tried again
+                if self._device.type == "cuda":  # what was launched still writes to memory that would be another's next
+                    with suppress(RuntimeError):  # of a device that has failed, which the first error says
+                        torch.cuda.current_stream(self._device).synchronize()
                 for slabs in held:
                     slabs.gradient = None
                 raise
