@@ -44,7 +44,7 @@ PLOTS: tuple[tuple[str, str, str, Draw], ...] = (
     (
         "pools",
         "Pools over time",
-        "What each pool did for which adapter. A launch of the trainer is shared by all adapters that were ready.",
+        "What each pool did for which adapter. A launch of the trainer is shared by adapters that were ready.",
         draw_pools,
     ),
     (

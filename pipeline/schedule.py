@@ -1,4 +1,4 @@
-"""Who goes next: a fair share of the samplers, and one launch on each trainer for all its adapters that are ready.
+"""Who goes next: a fair share of the samplers, and one launch at a time on each trainer, shared by adapters that are ready.
 
 FairShare       an adapter's group waits here for places on the samplers; whoever ends a group frees them.
 StepScheduler   an adapter's batch waits here for the launch that its trainer runs; its end starts the next.
