@@ -5,7 +5,7 @@ adapter that is left out, applied twice or mixed up is caught before a rollout n
 version to the bit, checksums say (checksum.py, kernels.pack); that the engine computes with them, the canary alone.
 
 In bfloat16 trainer and engine round differently. On a random base of the Qwen3-4B shape two orders of the same sums differ by
-0.17 nats (root mean square over 55 versions, steps of 1e-3), until an adapter begins to run away: there by 1.0 to 1.2 nats at
+0.17 nats (root mean square over 56 versions, steps of 1e-3), until an adapter begins to run away: there by 1.0 to 1.2 nats at
 some versions and by 0.01 at the ones between, where one step moved the canary by 5 to 12. On H200s trainer and vLLM were never
 further apart than 0.6, over 300 syncs of small steps and 68 of 1e-3; under the 69th, 80 nats from the base, by 2.5 in each of
 ten installs, while the engine held to the bit what was published. So how far apart they may be is no constant, and no share
