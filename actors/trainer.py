@@ -16,15 +16,15 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import hashlib
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from weft.actors.outgoing import Outgoing
 from weft.actors.peft_folder import read_peft_folder, write_peft_folder
 from weft.actors.shared_step import SharedSteps
 from weft.actors.slab_ipc import Boxes
-from weft.actors.trainer_state import identity, read_state, write_state
+from weft.actors.trainer_state import first_seed, identity, read_state, write_state
 from weft.actors.warm_up import WarmUp, keep_freed_memory
 from weft.configs.build import build
 from weft.configs.schema import AdapterConfig, TrainerConfig
@@ -52,6 +52,14 @@ from weft.transport.messages import UNSAMPLED, AdapterRef, StepResult, TrainBatc
 
 SWITCH_S = 5e-4  # after which a thread that launches lets one that publishes have its turn
 FILES = 8  # adapters made or written at once, each with a copy of its state in memory
+
+
+@dataclass(eq=False)
+class _Making:
+    """An adapter that is being made, and whether it has been dropped meanwhile."""
+
+    name: str
+    dropped: bool = False
 
 
 class Trainer:
@@ -85,6 +93,7 @@ class Trainer:
         self._files = ThreadPoolExecutor(FILES, "weft-files", initializer=functools.partial(_own_stream, self._device))
         self._canaries = Canaries(self._canaries_of, functools.partial(_own_stream, self._device))
         self._adapters: dict[str, Adapter] = {}
+        self._making, self._registering = list[_Making](), threading.Lock()
         self._shared = SharedSteps(self._store)
         self._outgoing = Outgoing(Path(slab_folder), Boxes(self._device) if shares_device else None)
         self._ranks = ranks
@@ -131,11 +140,21 @@ class Trainer:
         if isinstance(message, messages.AskCanary):
             return await self._canaries.ask(message)
         assert type(message) in self._calls, f"no message to a trainer: {type(message).__name__}"
+        if isinstance(message, messages.DropAdapter):
+            for making in self._making:
+                making.dropped |= making.name == message.name
         loop, (thread, call) = asyncio.get_running_loop(), self._calls[type(message)]
-        if isinstance(message, messages.AddAdapter) and self._warm_up is not None:
-            ranks = [build(AdapterConfig, message.config).lora.rank]
-            if self._warm_up.lacks(ranks):
+        if isinstance(message, messages.AddAdapter):
+            if self._warm_up is not None and self._warm_up.lacks(ranks := [build(AdapterConfig, message.config).lora.rank]):
                 await loop.run_in_executor(self._training, self._warm_up.run, ranks)
+            self._making.append(making := _Making(str(message.config["name"])))
+            try:
+                return await loop.run_in_executor(thread, self._add, message, making)
+            except asyncio.CancelledError:
+                making.dropped = True  # whoever asked has given up
+                raise
+            finally:
+                self._making.remove(making)
         with self._canaries.handing_over() if isinstance(message, messages.Publish) else nullcontext():
             return await loop.run_in_executor(thread, call, message)
 
@@ -165,7 +184,7 @@ class Trainer:
 
     # ---- an adapter's life ----
 
-    def _add(self, message: messages.AddAdapter) -> messages.AdapterAdded:
+    def _add(self, message: messages.AddAdapter, making: _Making) -> messages.AdapterAdded:
         config = build(AdapterConfig, message.config)
         present = self._adapters.get(config.name)
         if present is not None and present.ref.lineage == message.lineage:
@@ -176,8 +195,12 @@ class Trainer:
             layout, master = self._first_weights(config)
         self._drop(messages.DropAdapter(config.name))
         self._store.add(config.name, master)
-        self._adapters[config.name] = Adapter(config, AdapterRef(config.name, message.lineage, 0), layout)
-        return messages.AdapterAdded()
+        with self._registering:
+            if not making.dropped:
+                self._adapters[config.name] = Adapter(config, AdapterRef(config.name, message.lineage, 0), layout)
+                return messages.AdapterAdded()
+        self._store.drop(config.name)
+        raise ValueError(f"adapter {config.name!r} was dropped while it was made")
 
     def _first_weights(self, config: AdapterConfig) -> tuple[SlabLayout, Tensor]:
         """Its layout, and the masters of version 0: fp32 [D]. Raises ValueError for targets or a warm start that cannot be."""
@@ -187,11 +210,13 @@ class Trainer:
         if lora.warm_start is not None:
             return layout, read_peft_folder(Path(lora.warm_start), layout, lora.alpha)
         master = torch.empty(layout.numel)
-        init_pairs(layout, master, torch.Generator().manual_seed(_seed(config)))
+        init_pairs(layout, master, torch.Generator().manual_seed(first_seed(config)))
         return layout, master
 
     def _drop(self, message: messages.DropAdapter) -> messages.Done:
-        if message.name in self._adapters:
+        with self._registering:  # one that is not here yet knows by now that it is dropped
+            here = message.name in self._adapters
+        if here:
             with self._locked([message.name]):
                 del self._adapters[message.name]
                 self._store.drop(message.name)
@@ -340,7 +365,7 @@ class Trainer:
     def _save(self, message: messages.Save) -> messages.Saved:
         with self._own_version(message.ref) as adapter, self._store.hold([adapter.name]) as (slabs,):
             state = slabs.state.cpu().clone()
-        header = {**identity(adapter.layout, message.ref), "seed": _seed(adapter.config)}
+        header = {**identity(adapter.layout, message.ref), "seed": first_seed(adapter.config)}
         return messages.Saved(write_state(Path(message.folder), state, header))
 
     def _load(self, message: messages.Load) -> messages.Done:
@@ -371,8 +396,3 @@ def _own_stream(device: torch.device) -> None:
     torch.set_num_threads(1)
     if device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream(device, priority=-1))
-
-
-def _seed(config: AdapterConfig) -> int:
-    """Of an adapter's first weights: the same for every lineage, machine and run. Nothing is drawn later."""
-    return int.from_bytes(hashlib.sha256(f"{config.name}/{config.sampling.seed}".encode()).digest()[:7])

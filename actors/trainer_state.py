@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from weft.actors.lora import SlabLayout
+from weft.configs.schema import AdapterConfig
 from weft.transport.errors import CheckpointError
 from weft.transport.messages import AdapterRef
 
@@ -25,6 +26,11 @@ STATE_TENSORS = ("master", "exp_avg", "exp_avg_sq")  # fp32 [D] each
 def identity(layout: SlabLayout, ref: AdapterRef) -> dict[str, Any]:
     """What a checkpoint must agree on to be loaded as `ref`."""
     return {"version": ref.version, "rank": layout.rank, "modules": list(layout.modules)}
+
+
+def first_seed(config: AdapterConfig) -> int:
+    """Of an adapter's first weights: the same for every lineage, machine and run. Nothing is drawn later."""
+    return int.from_bytes(hashlib.sha256(f"{config.name}/{config.sampling.seed}".encode()).digest()[:7])
 
 
 def write_state(folder: Path, state: Tensor, header: Mapping[str, Any]) -> dict[str, str]:

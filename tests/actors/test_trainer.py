@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from weft.actors.lora import LoraBatch
 from weft.actors.model import load_model
+from weft.configs.expand import to_mapping
 from weft.configs.schema import AdapterConfig, LoraConfig, LossConfig, OptimizerConfig, SamplingConfig
 from weft.transport import messages
 from weft.transport.messages import AdapterRef, TrainBatch
@@ -361,6 +362,49 @@ def test_statistics_and_another_adapters_version_come_while_the_trainer_computes
         assert step.result().results[0].ref.version == 1
 
     asyncio.run(both())
+
+
+async def raised(work: Awaitable[Any]) -> str:
+    with pytest.raises(ValueError) as caught:
+        await work
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+def test_an_adapter_that_is_dropped_while_it_is_made_or_given_up_and_dropped_leaves_nothing(
+    make: Make, monkeypatch: pytest.MonkeyPatch, given_up: bool
+) -> None:
+    bench, going, go = make(MIXED[0]), threading.Event(), threading.Event()
+    gone, forget = threading.Event(), bench.trainer._store.drop
+    weights, add = bench.trainer._first_weights, messages.AddAdapter(to_mapping(MIXED[1]))
+
+    def slowly(config: AdapterConfig) -> Any:
+        going.set()
+        assert go.wait(20)
+        return weights(config)
+
+    def drop(name: str) -> None:
+        forget(name)
+        gone.set()
+
+    async def law() -> None:
+        monkeypatch.setattr(bench.trainer, "_first_weights", slowly)
+        monkeypatch.setattr(bench.trainer._store, "drop", drop)
+        async with asyncio.TaskGroup() as tasks:
+            making = tasks.create_task(asyncio.wait_for(raised(bench.trainer.handle(add)), 20))
+            await asyncio.to_thread(going.wait, 20)
+            if given_up:
+                making.cancel()
+                await asyncio.wait([making])
+            await bench.trainer.handle(messages.DropAdapter("two"))
+            go.set()
+        assert making.cancelled() if given_up else "'two' was dropped while it was made" in making.result()
+        assert await asyncio.to_thread(gone.wait, 20) and "two" not in bench.trainer._store
+        assert list(bench.trainer._adapters) == ["one"]
+        assert [await bench.trainer.handle(add) for _ in range(3)] == [messages.AdapterAdded()] * 3
+        assert sorted(bench.trainer._adapters) == ["one", "two"]
+
+    asyncio.run(law())
 
 
 def test_versions_published_beside_training_are_whole_whatever_the_tiers(make: Make, batch: MakeBatch) -> None:
