@@ -11,6 +11,7 @@ go in order; those of different adapters overlap, except that one slab at a time
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import socket
 import threading
@@ -49,6 +50,8 @@ from weft.transport.messages import (
 )
 
 QUIET_S = 0.05  # after which a canary waits for no other slab: somebody's version waits for it
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+MMAP_BYTES = 128 << 10
 DEVICE_BYTES = 8 << 30  # of slabs that are kept on a GPU, which is a trainer's; more go to the host, those not sent for longest
 
 
@@ -78,6 +81,13 @@ class _Taking:
             return self.slab
 
 
+def _return_freed_slabs() -> None:
+    """glibc keeps freed blocks of up to 32 MB in its heap once it has seen some; slabs of several sizes leave holes there."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # not everywhere
+        libc.mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
+
+
 @dataclass
 class _Way:
     """What is known of a slab while it is distributed."""
@@ -104,6 +114,7 @@ class ParamSync:
 
     async def start(self) -> None:
         """Host the rendezvous store. Raises OSError if it cannot be."""
+        _return_freed_slabs()
         self._fan_out = FanOut(self._config, self._host)
 
     async def handle(self, message: Any) -> Any:

@@ -74,7 +74,8 @@ async def open_pools(
         member(f"sampler-{index}", SAMPLER, sampler_arguments(config, index), cluster.gpus_per_sampler, sockets)
         for index in range(cluster.samplers)
     ]
-    relay = member("param-sync", PARAM_SYNC, param_sync_arguments(config), 0, {})
+    records = {"TORCH_FR_BUFFER_SIZE": "0"}  # which torch keeps of past collectives, and nobody reads
+    relay = member("param-sync", PARAM_SYNC, param_sync_arguments(config), 0, records)
     trainer_pool = TrainerPool(
         trainers,
         cluster.start_deadline_s,
