@@ -1,6 +1,6 @@
 """A trainer's canaries: computed once a version is on its way, not before.
 
-    Publish ──> its slab is handed over      AskCanary ──> no slab is being handed over ──> one forward for all that ask
+    AskCanary, when the slab has been sent ──> no Publish is being answered ──> one forward for all that ask
 
 What a sampler checks a version with, it needs when it has installed it. A canary is a forward of its own, tens of milliseconds
 on a large base, in which the weights themselves would wait.

@@ -33,7 +33,7 @@ def canary_tokens(vocab_size: int) -> tuple[int, ...]:
 
 def canary_allowance(dtype: str, noise: float = 0.0, shift: float = 0.0) -> float:
     """How far an engine's canary may be from the trainer's, in nats. noise: of the trainer's, where it has been looked for;
-    shift: how far that is from the base's. Noise allows for less than half of the shift: an adapter that is left out, or
-    applied by half, is refused whatever the noise."""
+    shift: how far that is from the base's. Noise allows for less than half of the shift: whatever it is, an adapter is refused
+    that is left out, or applied by half, if the difference which that makes is above what is usual (1.15 in bfloat16)."""
     usual = TOLERANCE[dtype] * (CANARY_LENGTH - 1)
     return max(usual, min(NOISES * noise, 0.45 * abs(shift)))

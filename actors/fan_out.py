@@ -256,7 +256,8 @@ class FanOut:
         async def tell() -> None:
             if handle.canary_logprob is None and canary is not None:
                 came = await asyncio.shield(canary)  # this wait may be ended, and others wait for it too
-                await ask_all(peers, came, self._config.deadline_s)
+                for peer, error in (await ask_all(peers, came, self._config.deadline_s)).items():
+                    _log.warning("%s was not told the canary of %s: %s", peer, ref, error)  # its install says so in the end
 
         async with asyncio.TaskGroup() as tasks:
             telling = tasks.create_task(tell())

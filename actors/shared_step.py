@@ -19,7 +19,7 @@ from torch import Tensor
 from weft.actors.adapter_store import AdapterStore
 from weft.actors.learner import Adapter, Learner
 from weft.transport.broadcast import BroadcastGroup
-from weft.transport.errors import PeerDiedError, TransportError
+from weft.transport.errors import PeerDiedError, RendezvousError, TransportError
 from weft.transport.messages import StepResult, TrainBatch, TrainShare
 
 ELSEWHERE = "another trainer could not take its part of the batch"
@@ -125,7 +125,8 @@ class SharedSteps:
             group.close()
 
     def _any(self, message: TrainShare, here: bool) -> bool:
-        flag = torch.tensor([float(here)], device="cuda" if message.backend == "nccl" else "cpu")
+        on_gpu = message.backend == "nccl" and torch.cuda.is_available()
+        flag = torch.tensor([float(here)], device="cuda" if on_gpu else "cpu")
         self._group(message).all_reduce(flag)
         return bool(flag.item())
 
@@ -148,7 +149,11 @@ class SharedSteps:
         group = self._groups.get(message.epoch)
         if group is None:
             address = (message.store, message.epoch, message.rank, message.world_size)
-            group = self._groups[message.epoch] = BroadcastGroup(*address, message.backend, message.deadline_s)
+            try:
+                group = BroadcastGroup(*address, message.backend, message.deadline_s)
+            except ValueError as error:  # a backend that is not here is a group that cannot form
+                raise RendezvousError(str(error)) from error
+            self._groups[message.epoch] = group
             while len(self._groups) > MAX_GROUPS:
                 self.end(next(iter(self._groups)))
         return group

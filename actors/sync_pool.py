@@ -1,7 +1,7 @@
 """Parameter sync as the pipeline awaits it: pipeline/interfaces.py over one relay that may die, and samplers that may.
 
-    publish   trainer Publish ──slab──> relay Distribute ──> every sampler that is to serve the adapter has installed it
-              ──> Withdraw where it is served no more (`Affinity.leaving`)
+    publish   trainer's step, or Publish ──slab──> relay Distribute ──> every sampler that is to serve the adapter has its bytes
+              ──> trainer AskCanary ──> they have found its canary right ──> Withdraw where it is served no more
     serve     a sampler that is to serve an adapter from now on gets the newest version, which the relay keeps
     a death   of a sampler: no sync waits for it. Of the relay: the new one is told every sampler, and the trainers hand over
               every installed version again
@@ -249,7 +249,10 @@ class ParamSyncPool:
         It is computed on the GPU that the slab comes from, by another process than the relay's: the two would take turns there.
         """
         await self._member.request(messages.AwaitSent(ref), 2 * self._deadline_s)
-        canary = await self._trainers.canary(ref, closely)
+        try:
+            canary = await self._trainers.canary(ref, closely)
+        except RemoteError as error:
+            raise InstallError(f"{ref}: its trainer gives no canary: {error}") from error
         await self._member.request(canary, self._deadline_s)
 
     async def _withdraw(self, name: str) -> None:

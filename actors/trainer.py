@@ -51,6 +51,7 @@ from weft.transport.errors import VersionError
 from weft.transport.messages import UNSAMPLED, AdapterRef, StepResult, TrainBatch
 
 SWITCH_S = 5e-4  # after which a thread that launches lets one that publishes have its turn
+WITH_STEP = 2  # adapters of a launch whose slabs come with its results: of many each would wait for all, and take a box
 FILES = 8  # adapters made or written at once, each with a copy of its state in memory
 
 
@@ -126,8 +127,7 @@ class Trainer:
         """Load the base. Raises ValueError for a folder that holds no model, and for a device that has no FP8 products."""
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._training, self._load_base)
-        # Now, for a thread's first products take long: the libraries make each thread its own handles.
-        await loop.run_in_executor(self._canaries.thread, self._learner.score_base)
+        await loop.run_in_executor(self._canaries.thread, self._learner.score_base)  # a thread's first products take long
 
     async def handle(self, message: Any) -> Any:
         """The reply that the message's docstring names. Raises ValueError for an adapter that is unknown, AdapterFault for one
@@ -291,12 +291,13 @@ class Trainer:
         for batch, metrics, result in zip(batches, all_metrics, self._step(adapters) if step else held, strict=True):
             tokens = len(batch.tokens)
             self._tokens_trained += tokens
-            yield replace(result, tokens=tokens, metrics={**metrics, **result.metrics}, slab=self._slab_of(result, step))
+            slab = self._slab_of(result) if step and len(adapters) <= WITH_STEP else None
+            yield replace(result, tokens=tokens, metrics={**metrics, **result.metrics}, slab=slab)
 
-    def _slab_of(self, result: StepResult, stepped: bool) -> messages.SlabHandle | None:
-        """Where the slab costs no more than a copy on the GPU it goes with the step's result, and nobody need ask for it."""
-        if stepped and not result.fault and self._outgoing.on_device:
-            with suppress(OSError), self._store.hold([result.ref.name]) as (slabs,):  # who asks for it then is told
+    def _slab_of(self, result: StepResult) -> messages.SlabHandle | None:
+        """Where it costs no more than a copy on the GPU. None else, and where it cannot be: who asks for it is told why."""
+        if not result.fault and self._outgoing.on_device:
+            with suppress(OSError, RuntimeError), self._store.hold([result.ref.name]) as (slabs,):
                 return self._outgoing.hand_over(self._adapters[result.ref.name], slabs.weights, self._learner.base_canary)
         return None
 

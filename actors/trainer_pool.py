@@ -27,7 +27,7 @@ from weft.configs.expand import to_mapping
 from weft.configs.schema import AdapterConfig
 from weft.transport import messages
 from weft.transport.broadcast import RendezvousStore
-from weft.transport.errors import AdapterFault, DeadlineError, PeerDiedError, WeftError
+from weft.transport.errors import AdapterFault, DeadlineError, PeerDiedError, RemoteError, VersionError, WeftError
 from weft.transport.messages import AdapterRef, Saved, SlabHandle, StepResults, TrainBatch
 
 NOTICE_S = 2.0  # by which the notice of a death may come later than the errors that it causes
@@ -214,13 +214,14 @@ class TrainerPool:
             shares = [{name: len(own[rank].tokens) for name, own in parts.items()} for rank in range(len(home))]
         else:
             results, shares = await home[0].request(messages.TrainStep(tuple(batches))), []
-        self._slabs |= {one.ref.name: one.slab for one in results.results if one.slab is not None}
+        slabs = {one.ref.name: one.slab for one in results.results if one.slab is not None}
+        self._slabs |= {name: slab for name, slab in slabs.items() if name in self._home}  # not dropped meanwhile
         numbers = [self._members.index(life.member) for life in home]
         return replace(results, trainer=numbers[0], shares=tuple(zip(numbers, shares, strict=False)))
 
     async def _share(self, batch: TrainBatch, home: _Home) -> StepResults:
         """One step on all of these trainers. Raises PeerDiedError when one dies, or has stepped where another could not: what
-        they hold is one state no more. What none has taken though all live is tried again, and then raised as it is."""
+        they hold is one state no more. What no group could be had for is tried again; AdapterFault when that goes on."""
         parts = split(batch, len(home))
         for attempt in range(1, ATTEMPTS + 1):
             done = await self._take_shares(parts, home)
@@ -231,11 +232,14 @@ class TrainerPool:
             why = await self._death(home)
             if why or results:
                 raise PeerDiedError(why or f"a step on {len(home)} trainers: {failure}") from failure
+            if isinstance(failure, AdapterFault):
+                raise failure
+            if isinstance(failure, RemoteError) or attempt == ATTEMPTS:  # no fault of the group, or one that stays
+                said = f"{batch.ref}: no step on {len(home)} trainers: {failure}"
+                raise AdapterFault(said, type(failure).__name__) from failure
             if self._backend == "nccl" and self._may_fall_back:
                 self._backend = "gloo"
                 _log.warning("shared steps go through the host (gloo) from now on, since over nccl: %s", failure)
-            elif attempt == ATTEMPTS:
-                raise failure
         raise AssertionError("the last attempt returns or raises")
 
     async def _take_shares(self, parts: Sequence[TrainBatch], home: _Home) -> list[StepResults | WeftError]:
@@ -303,6 +307,8 @@ class TrainerPool:
 
     async def canary(self, ref: AdapterRef, closely: bool = False) -> messages.Canary:
         """Of the weights of `ref`, which the trainer must still have."""
+        if ref.name not in self._home:
+            raise VersionError(f"{ref} has been dropped: no canary")
         message = messages.AskCanary(ref, closely)
         canary: messages.Canary = await self._home[ref.name][0].request(message, self._deadline_s)
         return canary

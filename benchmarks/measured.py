@@ -93,6 +93,10 @@ class MeasuredTrainer(Trainer):
                 results = await super().handle(message)
                 for result in results.results:
                     self._noting.note(result.ref, "stepped")
+                    if result.slab is not None:  # it is in its box, and nobody asks for it
+                        for hop in ("publish_began", "handed"):
+                            self._noting.note(result.ref, hop)
+                        self._noting.notes[str(result.ref)]["canary_base"] = result.slab.base_logprob
                 return results
         return await super().handle(message)
 

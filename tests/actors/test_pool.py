@@ -147,6 +147,8 @@ class Trainer:
                 return self._slab(message.ref)
             case messages.AskCanary():
                 self.world.asked.append(message)
+                if self.world.no_canary:
+                    raise RuntimeError(self.world.no_canary)
                 return messages.Canary(message.ref, -1.0)
             case messages.Load():
                 self.versions[message.ref.name] = message.ref
@@ -243,6 +245,7 @@ class World:
         self.adds = 0  # that trainers were asked for
         self.asked: list[messages.AskCanary] = []
         self.slabs_with_steps, self.publishes = False, 0
+        self.no_canary = ""
         self.slabs: Path | None = None
         self.full = False  # the place for them
         self.unanswered: set[tuple[str, type]] = set()  # messages that a kind of process takes and never answers
@@ -579,6 +582,19 @@ def test_a_publish_survives_the_death_of_a_sampler_that_it_waits_for() -> None:
             await world.until(lambda: len(world.processes["sampler-0"]) == 2)
             await pools.samplers.wait_ready()
             assert all(world.now(f"sampler-{index}").actor.installed["a"] == newer for index in range(2))
+
+    asyncio.run(law())
+
+
+def test_a_canary_that_the_trainer_cannot_give_is_a_fault_of_the_install() -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            ref = await pools.add("a")
+            newer = await pools.step(ref)
+            world.no_canary = "no memory for a forward"
+            with pytest.raises(InstallError, match="a/0/1: its trainer gives no canary: .*no memory for a forward"):
+                await pools.sync.publish(newer, ref)
+            assert pools.having(ref) and not pools.having(newer)
 
     asyncio.run(law())
 

@@ -175,6 +175,26 @@ def test_where_slabs_stay_on_the_device_a_step_brings_its_versions_slab_and_one_
     assert result.slab is None
 
 
+def test_a_slab_that_cannot_be_handed_over_with_the_step_and_those_of_many_are_asked_for(
+    make: Make, batch: MakeBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make(ONE, TWO, replace(ONE, name="three"))
+    bench.trainer._outgoing._boxes = Boxes(torch.device("cpu"), lambda buffer: [0])
+    together = bench.step(*map(batch, ("one", "two", "three")))
+    assert not any(result.slab for result in together.values()), "each would wait for all"
+    put, faults = Boxes.put, [torch.OutOfMemoryError("no room for a box"), OSError("no room for its file")]
+
+    def fail(*arguments: Any) -> None:
+        raise faults.pop()
+
+    monkeypatch.setattr(Boxes, "put", fail)
+    for version in (1, 2):
+        result = bench.step(batch("one", version))["one"]
+        assert result.slab is None and result.ref.version == version + 1 and not result.fault, "the step has been taken"
+    monkeypatch.setattr(Boxes, "put", put)
+    assert bench.ask(messages.Publish(AdapterRef("one", 0, 3))).on_device
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_canarys_noise_is_roundings_alone(make: Make, dtype: str, batch: MakeBatch) -> None:
     bench = make(ONE, TWO, dtype=dtype)
