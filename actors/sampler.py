@@ -186,7 +186,9 @@ class Sampler:
             await self._engine.call("slab_discard", str(stale))  # it never was installed, and would keep its slot
             self._announced.pop(stale, None)
         lora_id, canary = self._leases.new_id(), asyncio.get_running_loop().create_future()
-        if handle.canary_logprob is not None:
+        if handle.ref in self._installing and (before := self._announced.get(handle.ref)) is not None:
+            canary = before.canary  # which is being waited for: the relay that was to send it may have died
+        if handle.canary_logprob is not None and not canary.done():
             canary.set_result(Canary(handle.ref, handle.canary_logprob, handle.canary_noise))
         # from now on: one that is given up here may have its slot there
         self._announced[handle.ref] = _Announced(message, lora_id, canary)
@@ -228,7 +230,8 @@ class Sampler:
             self._leases.publish(version)
             self._installs += 1
         finally:
-            self._announced.pop(version.ref, None)
+            if self._announced.get(version.ref) is announced:  # else it has been announced again
+                del self._announced[version.ref]
 
     async def _apply(self, version: Version, deadline_s: float) -> None:
         """Into the engine, as soon as the slab is there."""

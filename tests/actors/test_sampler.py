@@ -694,6 +694,40 @@ def test_a_version_is_offered_when_the_trainers_canary_has_come_and_is_the_engin
     bench.run(law())
 
 
+@pytest.mark.parametrize("scored_first", [True, False])
+def test_an_install_whose_relay_died_before_the_canary_ends_with_that_of_the_next_relay(
+    bench: Bench, scored_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score, scored = bench.sampler._engine.score, asyncio.Event()
+
+    async def scoring(tokens: Any, version: Any) -> float:
+        found = await score(tokens, version)
+        scored.set()
+        return found
+
+    monkeypatch.setattr(bench.sampler._engine, "score", scoring)
+
+    async def law() -> None:
+        ref = AdapterRef(await bench.add(), 0, 1)
+        handle = bench.reference.slab(ref)
+        announced = Receive(dataclasses.replace(handle, canary_logprob=None), "", "", 1, 1, "gloo", 50.0)
+        installs = (await bench.statistics()).installs
+        async with asyncio.timeout(25), asyncio.TaskGroup() as tasks:
+            await bench.sampler.handle(announced)
+            old = tasks.create_task(refusal(bench.sampler.handle(Install(ref))))
+            await (scored.wait() if scored_first else asyncio.sleep(0))
+            await bench.sampler.handle(announced)
+            tasks.create_task(bench.sampler.handle(Install(ref)))
+            assert handle.canary_logprob is not None
+            await bench.sampler.handle(Canary(ref, handle.canary_logprob))
+        assert not old.result() or not scored_first, "the engine had it already, and it had a slot of its own"
+        statistics = await bench.statistics()
+        assert statistics.installs == installs + 1 and str(ref) in statistics.live_versions and not bench.sampler._announced
+        bench.check(await bench.rollout(ref))
+
+    bench.run(law())
+
+
 def test_a_canary_that_never_comes_ends_the_install_and_leaves_nothing(bench: Bench) -> None:
     async def law() -> None:
         ref = await bench.adapter()
