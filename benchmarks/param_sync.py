@@ -4,7 +4,8 @@
     python benchmarks/param_sync.py --smoke    the base that ships, on this CPU
 
 live        the whole slab is in vLLM's buffers: a request that named the version would be computed with it, but none may yet.
-            The clock starts when the optimizer's kernels have run; `since_answer` starts it when the driver has the answer to the step
+            The clock starts when the optimizer's kernels have run; `since_answer` starts it when the driver has the answer to
+            the step
 hops        medians of when each hop was passed, on the clock of `live`
 offered     the pipeline may sample it: every sampler has installed it and found the canary's log-probability the trainer's,
             which is a check of what is live, not a part of it; `canary_difference` in nats, of all scored tokens together
