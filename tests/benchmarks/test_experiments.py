@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import importlib.util
 import json
 import random
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,26 +15,6 @@ from weft.pipeline.events import GroupSampled, LaunchEnded, Phase, PhaseChanged,
 from weft.pipeline.interfaces import Pools
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    """benchmarks/experiments.py as a module."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        yield importlib.import_module("experiments")
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-
-
-@pytest.fixture(scope="module")
-def simulation():
-    """The pools in virtual time of the pipeline's own tests."""
-    spec = importlib.util.spec_from_file_location("weft_simulation", ROOT / "tests" / "pipeline" / "simulation.py")
-    module = sys.modules.setdefault("weft_simulation", importlib.util.module_from_spec(spec))
-    if not hasattr(module, "simulate"):
-        spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -4,37 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import importlib.util
 import random
-import sys
-from pathlib import Path
 
 import pytest
 
 from weft.configs.schema import ClusterConfig, Config, ModelConfig, RunConfig
 from weft.pipeline.interfaces import Pools
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(scope="module")
-def learning():
-    """benchmarks/learning.py as a module."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        yield importlib.import_module("learning")
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-
-
-@pytest.fixture(scope="module")
-def simulation():
-    """The pools in virtual time of the pipeline's own tests."""
-    spec = importlib.util.spec_from_file_location("weft_simulation", ROOT / "tests" / "pipeline" / "simulation.py")
-    module = sys.modules.setdefault("weft_simulation", importlib.util.module_from_spec(spec))
-    if not hasattr(module, "simulate"):
-        spec.loader.exec_module(module)
-    return module
+def learning(load):
+    """benchmarks/learning.py."""
+    return load("learning")
 
 
 def test_an_adapter_is_the_same_in_both_arms_of_a_seed_under_a_lineage_of_its_own(learning, simulation, tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,17 +13,11 @@ from weft.configs.schema import AdapterConfig
 from weft.transport.errors import InstallError
 from weft.transport.messages import AdapterRef
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(scope="module")
-def sync_bench():
-    """benchmarks/sync_bench.py as a module."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        yield importlib.import_module("sync_bench")
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+def sync_bench(load):
+    """benchmarks/sync_bench.py."""
+    return load("sync_bench")
 
 
 def passed(optimized: float, **later: float) -> dict[str, float]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import importlib.util
 import random
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,28 +20,7 @@ from weft.pipeline.interfaces import Pools
 from weft.transport import messages
 from weft.transport.messages import AdapterRef, TrainBatch
 
-ROOT = Path(__file__).resolve().parents[2]
 SWAPPED = 3 * 4  # bytes of masters and moments, an element of the adapter
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    """benchmarks/experiments.py as a module."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        yield importlib.import_module("experiments")
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-
-
-@pytest.fixture(scope="module")
-def simulation():
-    """The pools in virtual time of the pipeline's own tests."""
-    spec = importlib.util.spec_from_file_location("weft_simulation", ROOT / "tests" / "pipeline" / "simulation.py")
-    module = sys.modules.setdefault("weft_simulation", importlib.util.module_from_spec(spec))
-    if not hasattr(module, "simulate"):
-        spec.loader.exec_module(module)
-    return module
 
 
 @dataclass

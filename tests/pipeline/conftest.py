@@ -7,16 +7,13 @@ as the real gate does.
 from __future__ import annotations
 
 import heapq
-import importlib.util
 import math
 import random
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
 
 import pytest
 
@@ -268,18 +265,6 @@ class SyntheticRun:
 def synthetic_run() -> type[SyntheticRun]:
     """The class: a test makes the run it needs."""
     return SyntheticRun
-
-
-@pytest.fixture(scope="session")
-def simulation() -> ModuleType:
-    """simulation.py: the pipeline's world in virtual time."""
-    name = "weft_simulation"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("simulation.py"))
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 @pytest.fixture
