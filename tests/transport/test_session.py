@@ -124,9 +124,7 @@ def test_large_arrays_arrive_to_the_bit(wire: Any):
         (ExceptionGroup("of tasks", [ValueError("one"), ValueError("two")]), RemoteError, "ExceptionGroup"),
     ],
 )
-def test_what_a_handler_raises_is_raised_at_its_caller_alone(
-    wire: Any, raised: BaseException, arrives: type, kind: str | None
-):
+def test_what_a_handler_raises_is_raised_at_its_caller_alone(wire: Any, raised: BaseException, arrives: type, kind: str | None):
     async def fail(message: Install) -> Done:
         if message.ref.version:
             return Done()
@@ -323,7 +321,7 @@ def test_nobody_at_an_endpoint_is_peer_died_not_a_wait(wire: Any):
         server = wire.module.Server(echo)
         client = wire.module.Client(await server.start())
         await server.aclose()
-        with pytest.raises(PeerDiedError, match="nobody listens"):
+        with pytest.raises(PeerDiedError, match="nobody listens|connection is lost"):  # the port may be another's by now
             await client.request(Done(), None)
         await client.aclose()
 
