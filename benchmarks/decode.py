@@ -19,6 +19,7 @@ import random
 import shlex
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,9 +94,9 @@ PARTS = {
 }
 
 
-def measure(part: str, engines: dict[str, Engine], rounds: int, shortest: int) -> list[dict[str, Any]]:
-    """Rows of a part; the base alone once a batch and length, for it knows no adapters."""
-    rows, found = PARTS[part][1], []
+def measure(part: str, engines: dict[str, Engine], rounds: int, shortest: int) -> Iterator[dict[str, Any]]:
+    """Rows of a part, each when its case is done; the base alone once a batch and length, for it knows no adapters."""
+    rows = PARTS[part][1]
     cases: dict[tuple[int, int, int], list[Row]] = {}
     for row in rows:
         cases.setdefault((row.batch, row.generated, row.prompt), []).append(row)
@@ -111,10 +112,7 @@ def measure(part: str, engines: dict[str, Engine], rounds: int, shortest: int) -
                 seconds = engine.ask("time", load if turn >= 0 else warm_up)
                 if turn >= 0:
                     times.append(seconds)
-        found += shape(part, turns, took)
-        for one in found[-len(turns) :]:
-            print(json.dumps(one), flush=True)
-    return found
+        yield from shape(part, turns, took)
 
 
 def shape(part: str, turns: list[tuple[Engine, Row]], took: list[list[float]]) -> list[dict[str, Any]]:
@@ -166,11 +164,12 @@ def profiles(engines: dict[str, Engine]) -> dict[str, Any]:
     return found
 
 
-def run_part(part: str, folder: str, options: argparse.Namespace) -> dict[str, Any]:
+def run_part(part: str, folder: str, options: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> None:
+    """write: called with all that there is of the part whenever there is more: engines that fail leave what they had."""
     arms, _ = PARTS[part]
     engines: dict[str, Engine] = {}
     faults: dict[str, str] = {}
-    result: dict[str, Any] = {"gate": {}, "profiles": {}}
+    result: dict[str, Any] = {"gate": {}, "profiles": {}, "rows": []}
     try:
         for arm in arms:
             if not options.arms or arm.name in options.arms.split(";"):
@@ -195,16 +194,19 @@ def run_part(part: str, folder: str, options: argparse.Namespace) -> dict[str, A
         if ours and theirs:
             result["gate"] |= check_greedy(ours[0], theirs[-1], adapters, 64)
         print(result["gate"], flush=True)
-        result["engines"] = {name: engine.facts for name, engine in engines.items()}
         wanted = not options.tiny and (BASE.name in engines or BASE.name not in [arm.name for arm in arms])
-        result["rows"] = measure(part, engines, options.rounds, options.shortest) if wanted else []
-        result["rows"] += [{"part": part, "contender": name, "fault": fault} for name, fault in faults.items()]
+        result["rows"] = [{"part": part, "contender": name, "fault": fault} for name, fault in faults.items()]
+        write(result)
+        for row in measure(part, engines, options.rounds, options.shortest) if wanted else ():
+            print(json.dumps(row), flush=True)
+            result["rows"].append(row)
+            write(result)
         if options.profile and wanted and part == "main":
             result["profiles"] = profiles(engines)
+            write(result)
     finally:
         for engine in engines.values():
             engine.close()
-    return result
 
 
 def main() -> None:
@@ -255,13 +257,16 @@ def main() -> None:
 
         folder = tiny_path() if options.tiny else base_folder(options.folder)
         for part in options.parts.split(","):
-            done = run_part(part, folder, options)
-            name = f"{part}, the base that ships" if options.tiny else part
-            result["gate"][name] = done["gate"]
-            if not options.tiny:
-                result["rows"] = [row for row in result["rows"] if row["part"] != part] + done["rows"]
-                result["profiles"] |= done["profiles"]
-            write_result(output, result)
+            others = [row for row in result["rows"] if row["part"] != part]
+
+            def write(done: dict[str, Any], part: str = part, others: list[dict[str, Any]] = others) -> None:
+                result["gate"][f"{part}, the base that ships" if options.tiny else part] = done["gate"]
+                if not options.tiny:
+                    result["rows"] = others + done["rows"]
+                    result["profiles"] |= done["profiles"]
+                write_result(output, result)
+
+            run_part(part, folder, options, write)
     write_result(output, result)
     print(output)
 

@@ -31,7 +31,7 @@ class Engine:
 def test_retention_is_of_no_lora_and_the_ratio_of_vllms_own_kernels_in_the_same_row() -> None:
     seconds = {"no LoRA": 1.0, decode.FEW: 2.0, decode.MOST: 5.0, decode.OURS: 1.25}
     engines = {arm.name: Engine(arm, seconds[arm.name]) for arm in decode.MAIN}
-    rows = decode.measure("main", engines, 3, 1)  # type: ignore[arg-type]
+    rows = list(decode.measure("main", engines, 3, 1))  # type: ignore[arg-type]
     found = {(row["contender"], row["adapters"], row["batch"], row["mix"], row["generated"]): row for row in rows}
     ours = found[decode.OURS, 64, 256, "uniform", 256]
     assert ours["retention"] == pytest.approx(0.8, abs=1e-3) and ours["ratio_to_vllm"] == pytest.approx(4.0, abs=1e-2)
