@@ -178,10 +178,11 @@ class ParamSync:
             taking, told = _Taking(handle, self._taker), replace(handle, host="", path="", on_device=False, data=None)
             # One that has left, or never came, is not waited for: what it misses it gets when it joins.
             peers = [self._peers[sampler] for sampler in sorted(message.samplers) if sampler in self._peers]
-            times = await self._fan().send(told, taking, peers, way.canary, way.times)
+            times = await self._fan().send(told, taking, peers, way.canary if handle.audited else None, way.times)
             way.times.sent.set()  # if nobody is left to send it to
-            came = await way.canary  # who joins late is told at once
-            told = replace(told, canary_logprob=came.logprob, canary_noise=came.noise)
+            if handle.audited:
+                came = await way.canary  # who joins late is told at once
+                told = replace(told, canary_logprob=came.logprob, canary_noise=came.noise)
             held = _Held(told, taking.slab if taking.slab is not None else await asyncio.to_thread(taking))
             self._fan().home = self._taker.home or self._fan().home
             self._held.pop(handle.ref.name, None)

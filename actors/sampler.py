@@ -248,8 +248,10 @@ class Sampler:
             raise InstallError(f"sampler {self._index} could not install {version.ref}: {error}") from error
 
     async def _check_canary(self, version: Version, announced: _Announced) -> None:
-        """Refuse a version under which the engine does not give the canary tokens the trainer's log-probability, which may come
-        after the engine has given its own."""
+        """Refuse an audited version under which the engine does not give the canary tokens the trainer's log-probability, which
+        may come after the engine has given its own."""
+        if not announced.message.handle.audited:
+            return
         tokens, base = canary_tokens(self._engine.vocab_size), announced.message.handle.base_logprob
         found = await self._engine.score(tokens, version)
         try:

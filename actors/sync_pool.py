@@ -2,6 +2,9 @@
 
     publish   trainer's step, or Publish ──slab──> relay Distribute ──> every sampler that is to serve the adapter has its bytes
               ──> trainer AskCanary ──> they have found its canary right ──> Withdraw where it is served no more
+    audit     what AskCanary begins: of an adapter's first version on a sampler's process, then of each eighth, and of one that
+              has failed. That the bytes in the engine's slot are the trainer's is proven of every version, by checksums; that
+              the engine computes with them as the trainer does costs a forward of both, which the others' tokens wait for
     serve     a sampler that is to serve an adapter from now on gets the newest version, which the relay keeps
     a death   of a sampler: no sync waits for it. Of the relay: the new one is told every sampler, and the trainers hand over
               every installed version again
@@ -17,7 +20,7 @@ import socket
 import weakref
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from weft.actors.affinity import Affinity
@@ -28,6 +31,7 @@ from weft.transport.errors import InstallError, PeerDiedError, RemoteError, Vers
 from weft.transport.messages import AdapterRef, Distributed, SlabHandle
 
 ATTEMPTS = 5  # of one publish, while nothing has died: a death's notice may come later than the error that it causes
+AUDIT_EVERY = 8  # versions of an adapter
 PAUSE_S = 0.25  # before the second attempt, and longer before each one after it
 _log = logging.getLogger(__name__)
 
@@ -52,6 +56,8 @@ class ParamSyncPool:
         self._trainers = trainers
         self._affinity = affinity
         self._deadline_s = deadline_s  # of one sync
+        self.audit_every = AUDIT_EVERY
+        self._audited: dict[str, dict[int, tuple[_Joined, int]]] = {}  # by adapter and sampler: the process, and the lineage
         self._joined: dict[int, _Joined] = {}
         self._current: dict[str, AdapterRef] = {}  # what the relay has distributed
         self._held: dict[str, dict[int, AdapterRef]] = {}  # by adapter and sampler: the last version that it has installed
@@ -82,6 +88,7 @@ class ParamSyncPool:
                         for sampler in there:
                             if self._held.get(ref.name, {}).get(sampler) not in (supersedes, ref):
                                 await self._retire(ref.name, sampler)
+                        handle = replace(handle, audited=attempt > 0 or self._is_audit_due(ref, there))
                         done = await self._distribute(handle, there, supersedes, closely=attempt > 0)
                     except WeftError as error:
                         attempt = 1 if world != self._world() else attempt + 1
@@ -90,6 +97,9 @@ class ParamSyncPool:
                         _log.warning("%s is not installed, attempt %d of %d: %s", ref, attempt, ATTEMPTS, error)
                     else:
                         self._note_installed(ref, there)
+                        if handle.audited:
+                            audited = {sampler: (joined, ref.lineage) for sampler, joined in there.items()}
+                            self._audited.setdefault(ref.name, {}).update(audited)
                         await self._withdraw(ref.name)
                         return done
                 await asyncio.sleep(PAUSE_S * attempt)
@@ -166,6 +176,7 @@ class ParamSyncPool:
     async def drop(self, name: str) -> None:
         self._current.pop(name, None)
         self._held.pop(name, None)
+        self._audited.pop(name, None)
         self._settle(name)
         limit = 2 * self._deadline_s  # the relay may be giving this very adapter to a sampler
         await dropped(name, self._member, self._member.request(messages.DropAdapter(name), limit))
@@ -235,7 +246,7 @@ class ParamSyncPool:
         done: Distributed
         message = messages.Distribute(handle, tuple(samplers), supersedes)
         distributing = self._member.request(message, 2 * self._deadline_s)
-        if handle.canary_logprob is None:  # its weights are on their way, and do not wait for it
+        if handle.audited and handle.canary_logprob is None:  # its weights are on their way, and do not wait for it
             done, _ = await together(distributing, self._follow(handle.ref, closely))
         else:
             done = await distributing
@@ -272,6 +283,11 @@ class ParamSyncPool:
         if ref is not None:
             await self._member.request(messages.Withdraw(sampler, ref), self._deadline_s)
             self._held.get(name, {}).pop(sampler, None)
+
+    def _is_audit_due(self, ref: AdapterRef, samplers: dict[int, _Joined]) -> bool:
+        known = self._audited.get(ref.name, {})
+        new = any(known.get(sampler) != (joined, ref.lineage) for sampler, joined in samplers.items())
+        return new or ref.version % self.audit_every == 0
 
     def _is_current(self, ref: AdapterRef) -> bool:
         return self._current.get(ref.name) == ref

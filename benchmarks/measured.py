@@ -177,7 +177,7 @@ class MeasuredSampler(Sampler):
         self._engine.score = noting  # type: ignore[method-assign]
 
     async def _check_canary(self, version: Any, announced: Any) -> None:
-        self._noting.note(version.ref, "applied")
+        self._noting.note(version.ref, "applied")  # whether it is audited or not
         await super()._check_canary(version, announced)
 
     async def handle(self, message: object) -> object:

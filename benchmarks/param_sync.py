@@ -7,8 +7,9 @@ live        the whole slab is in vLLM's buffers: a request that named the versio
             The clock starts when the optimizer's kernels have run; `since_answer` starts it when the driver has the answer to
             the step
 hops        medians of when each hop was passed, on the clock of `live`
-offered     the pipeline may sample it: every sampler has installed it and found the canary's log-probability the trainer's,
-            which is a check of what is live, not a part of it; `canary_difference` in nats, of all scored tokens together
+offered     the pipeline may sample it: every sampler has installed it and proven its bytes
+audited     those whose canary, too, was found to be the trainer's before they were offered: an adapter's first and each eighth;
+            `canary_difference` in nats, of all scored tokens together
 drift       large steps of one adapter, and the canaries after each
 idle        nothing else runs; load: `--streams` sequences of all adapters are sampled without pause
 gaps        between two tokens of one sequence, of the adapters that are not synced meanwhile, in windows with syncs and without
@@ -83,9 +84,9 @@ async def at_once(bench: Bench, times: int) -> dict[str, Any]:
         await asyncio.gather(*(bench.publish(adapter) for adapter in adapters))
         passed = (await bench.notes())[1]
         each = [passed[str(bench.ref(adapter))] for adapter in adapters]
-        apart = max(abs(one["canary_sampler"] - one["canary_trainer"]) for one in each)
-        slowest = {hop: max(one[hop] for one in each) for hop in HOPS if hop in each[0]}
-        last.append({**slowest, "canary_trainer": 0.0, "canary_sampler": apart})
+        apart = [abs(one["canary_sampler"] - one["canary_trainer"]) for one in each if "canary_trainer" in one]
+        slowest = {hop: max(one[hop] for one in each) for hop in HOPS if all(hop in one for one in each)}
+        last.append({**slowest, **({"canary_trainer": 0.0, "canary_sampler": max(apart)} if apart else {})})
         hops.append(sorted(one["live"] - one["optimized"] for one in each))
     each_ms = [round(statistics.median(times) * 1e3, 3) for times in zip(*hops, strict=True)]
     return {"adapters": len(bench.config.adapters), **times_of(last), "each_live_ms": each_ms}

@@ -113,13 +113,22 @@ def spread_ms(seconds: Sequence[float]) -> dict[str, float | int]:
 
 def times_of(syncs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """What the hops of some syncs say."""
-    apart = [abs(passed["canary_sampler"] - passed["canary_trainer"]) for passed in syncs]
+    audited = [passed for passed in syncs if "canary_trainer" in passed]
+    apart = [abs(passed["canary_sampler"] - passed["canary_trainer"]) for passed in audited]
     here = [hop for hop in HOPS if all(hop in passed for passed in syncs)]
     return {
         "live_ms": spread_ms([passed["live"] - passed["optimized"] for passed in syncs]),
         "since_answer_ms": spread_ms([passed["live"] - passed["ended"] for passed in syncs]),
         "offered_ms": spread_ms([passed["published"] - passed["optimized"] for passed in syncs]),
         "hops_ms": {hop: round(statistics.median(one[hop] - one["optimized"] for one in syncs) * 1e3, 3) for hop in here},
+        **({"audited": _audits(audited, apart)} if audited else {}),
+    }
+
+
+def _audits(syncs: Sequence[Mapping[str, float]], apart: Sequence[float]) -> dict[str, Any]:
+    """apart: nats between each one's two canaries."""
+    return {
+        "offered_ms": spread_ms([passed["published"] - passed["optimized"] for passed in syncs]),
         "canary_difference": {"median": round(statistics.median(apart), 5), "max": round(max(apart), 5), "count": len(apart)},
     }
 
@@ -135,6 +144,7 @@ async def drift(bench: Bench, steps: int) -> dict[str, Any]:
     await bench.drop(last.name)
     await bench.add(adapter)
     await bench.notes()
+    bench.running.sync.audit_every = 1
     series, refused = list[list[float | None]](), list[str]()
     while len(series) < steps and not refused:
         await bench.step([adapter])

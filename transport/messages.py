@@ -94,6 +94,7 @@ class SlabHandle:
     data: Array | None = None  # uint8 [nbytes]
     checksum: int = 0  # actors/checksum.py; 0: not known
     canary_noise: float = 0.0  # as in Canary
+    audited: bool = True  # new rollouts wait for its canary; else for the proof of its bytes alone
 
 
 # ---- requests to any actor ----
@@ -160,19 +161,18 @@ class Receive:
 
 @dataclass(frozen=True)
 class Install:
-    """-> Done, when new rollouts may name it: applied, canary checked."""
+    """-> Done, when new rollouts may name it: applied, its bytes proven, and its canary where it is audited."""
 
     ref: AdapterRef
 
 
 @dataclass(frozen=True)
 class Canary:
-    """-> Done, of a sampler, whose Install waits for it, and of a relay, which tells the samplers. logprob: the trainer's;
-    noise: what rounding does to it, in nats, where it was asked to look closely (actors/canary.py)."""
+    """-> Done, of a sampler, whose Install waits for it, and of a relay, which tells the samplers: the trainer's."""
 
     ref: AdapterRef
     logprob: float
-    noise: float = 0.0
+    noise: float = 0.0  # what rounding does to it, in nats, where it was asked to look closely (actors/canary.py)
 
 
 @dataclass(frozen=True)

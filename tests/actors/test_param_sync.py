@@ -44,6 +44,7 @@ class PlainSampler:
         self._coming: dict[AdapterRef, asyncio.Task[tuple[torch.Tensor, WeftError | None]]] = {}
         self._installed: dict[AdapterRef, int] = {}
         self._canaries: dict[AdapterRef, asyncio.Future[float]] = {}
+        self._audited: dict[AdapterRef, bool] = {}
         self.tasks: asyncio.TaskGroup | None = None
 
     async def handle(self, message: object) -> object:
@@ -52,6 +53,7 @@ class PlainSampler:
                 self._fault("die-at-receive", message.handle.ref)
                 assert self.tasks is not None
                 self._coming[message.handle.ref] = self.tasks.create_task(self._receive(message))
+                self._audited[message.handle.ref] = message.handle.audited
                 canary = self._canaries[message.handle.ref] = asyncio.get_running_loop().create_future()
                 if message.handle.canary_logprob is not None:
                     canary.set_result(message.handle.canary_logprob)
@@ -59,12 +61,12 @@ class PlainSampler:
                 self._canaries[ref].set_result(logprob)
             case messages.Install(ref):
                 self._fault("die-at-install", ref)
-                slab, error = await self._coming.pop(ref)
+                (slab, error), audited = await self._coming.pop(ref), self._audited.pop(ref)
                 if error is not None:
                     raise InstallError(f"{ref} did not come: {error}")
                 if self._stage == "refuse" and ref.version == self._version:
                     raise InstallError("the canary samples as the base")
-                assert await self._canaries[ref] == CANARY
+                assert not audited or await self._canaries[ref] == CANARY
                 self._installed[ref] = zlib.crc32(slab.numpy())
             case messages.Retire(ref):
                 del self._installed[ref]
@@ -253,6 +255,19 @@ def test_weights_go_before_their_canary_and_nobody_has_installed_them_without_it
             assert await samplers[0].live() == as_live(whole)
             await sync.handle(Serve(1, "a"))  # who comes late waits for none
             assert await samplers[1].live() == as_live(whole)
+
+    run(test)
+
+
+def test_a_version_that_is_not_audited_waits_for_no_canary_nor_does_who_comes_late(sampler: Make):
+    async def test() -> None:
+        samplers = [sampler(), sampler()]
+        async with relay(*samplers) as sync:
+            whole = handle_of("a", 1)
+            handle = messages.SlabHandle(**{**vars(whole), "canary_logprob": None, "audited": False})
+            await sync.handle(Distribute(handle, (0,)))
+            await sync.handle(Serve(1, "a"))
+            assert [await one.live() for one in samplers] == [as_live(whole)] * 2
 
     run(test)
 

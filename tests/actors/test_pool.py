@@ -16,7 +16,7 @@ import pytest
 from weft.actors.affinity import Affinity
 from weft.actors.member import Member
 from weft.actors.sampler_pool import SamplerPool
-from weft.actors.sync_pool import ATTEMPTS, ParamSyncPool
+from weft.actors.sync_pool import ATTEMPTS, AUDIT_EVERY, ParamSyncPool
 from weft.actors.trainer_pool import TrainerPool
 from weft.configs.schema import AdapterConfig
 from weft.transport import messages
@@ -187,7 +187,8 @@ class Relay:
                 self.world.distributing.set()
                 await self.hold.wait()
                 self.world.take(message.handle.path)
-                await canary.wait()
+                if message.handle.audited:
+                    await canary.wait()
                 for sampler in set(message.samplers) & set(self.endpoints):
                     await self._ask(sampler, messages.Install(message.handle.ref))
                     if message.supersedes is not None:
@@ -586,12 +587,58 @@ def test_a_publish_survives_the_death_of_a_sampler_that_it_waits_for() -> None:
     asyncio.run(law())
 
 
+def test_an_adapter_is_audited_first_on_each_samplers_process_and_in_each_lineage_and_then_every_eighth_version() -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            before = ref = await pools.add("a")
+            for _ in range(2 * AUDIT_EVERY):
+                newer = await pools.step(ref)
+                await pools.sync.publish(newer, ref)
+                assert pools.having(newer) and not pools.having(ref)
+                ref = newer
+            assert [asked.ref.version for asked in world.asked] == [0, AUDIT_EVERY, 2 * AUDIT_EVERY]
+            for fresh in (True, False):
+                if fresh:
+                    await world.kill("sampler-1")
+                    await world.until(lambda: len(world.processes["sampler-1"]) == 2)
+                    await pools.samplers.wait_ready()
+                newer = await pools.step(ref)
+                await pools.sync.publish(newer, ref)
+                assert (world.asked[-1].ref == newer) == fresh
+                ref = newer
+            other = AdapterRef("a", before.lineage + 1, ref.version)
+            await pools.trainers.load(other, "")
+            await pools.sync.publish(other, ref)
+            assert world.asked[-1].ref == other
+
+    asyncio.run(law())
+
+
+def test_a_version_that_is_published_once_more_since_it_failed_is_audited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weft.actors.sync_pool.PAUSE_S", 0.01)
+
+    async def law() -> None:
+        async with running() as (pools, world):
+            ref = await pools.add("a")
+            newer = await pools.step(ref)
+            asked = len(world.asked)
+            world.uninstallable.add("a")
+            async with asyncio.TaskGroup() as tasks:
+                publishing = tasks.create_task(pools.sync.publish(newer, ref))
+                await world.until(lambda: len(world.asked) > asked)
+                world.uninstallable.clear()
+                await publishing
+            assert {one.ref for one in world.asked[asked:]} == {newer} and pools.having(newer)
+
+    asyncio.run(law())
+
+
 def test_a_canary_that_the_trainer_cannot_give_is_a_fault_of_the_install() -> None:
     async def law() -> None:
         async with running() as (pools, world):
             ref = await pools.add("a")
             newer = await pools.step(ref)
-            world.no_canary = "no memory for a forward"
+            pools.sync.audit_every, world.no_canary = 1, "no memory for a forward"
             with pytest.raises(InstallError, match="a/0/1: its trainer gives no canary: .*no memory for a forward"):
                 await pools.sync.publish(newer, ref)
             assert pools.having(ref) and not pools.having(newer)
@@ -604,6 +651,7 @@ def test_a_trainer_that_dies_between_weights_and_canary_ends_the_publish_and_nob
         async with running() as (pools, world):
             ref = await pools.add("a")
             newer = await pools.step(ref)
+            pools.sync.audit_every = 1
             world.unanswered.add(("trainer", messages.AskCanary))
             world.distributing.clear()
             async with asyncio.TaskGroup() as tasks:
@@ -975,9 +1023,8 @@ def test_a_version_that_no_sampler_takes_is_an_install_error_after_a_bounded_num
             world.asked.clear()
             with pytest.raises((InstallError, RemoteError)):
                 await pools.sync.publish(newer, ref)
-            assert [one.ref for one in world.asked] == [newer] * ATTEMPTS
-            closely = [one.closely for one in world.asked]
-            assert closely == [False, *[True] * (ATTEMPTS - 1)], "what was refused is looked at again"
+            wanted = [messages.AskCanary(newer, closely=True)] * (ATTEMPTS - 1)
+            assert world.asked == wanted, "what was refused is looked at again"
 
     asyncio.run(law())
 

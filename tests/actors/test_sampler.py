@@ -728,6 +728,23 @@ def test_an_install_whose_relay_died_before_the_canary_ends_with_that_of_the_nex
     bench.run(law())
 
 
+def test_a_version_that_is_not_audited_is_offered_when_its_bytes_are_proven_and_asks_the_engine_nothing(bench: Bench) -> None:
+    async def law() -> None:
+        ref = await bench.adapter()
+        newer, newest = (dataclasses.replace(ref, version=version) for version in (2, 3))
+        handles = [bench.reference.slab(one) for one in (newer, newest)]
+        quiet = [dataclasses.replace(handle, canary_logprob=None, audited=False) for handle in handles]
+        prompts = bench.sampler._engine._requests
+        before = next(prompts)
+        with pytest.raises(InstallError, match="not those that the trainer published"):
+            await bench.publish(dataclasses.replace(quiet[0], data=quiet[1].data))
+        await bench.publish(quiet[0])
+        assert next(prompts) == before + 1, "no request came in between"
+        bench.check(await bench.rollout(newer))
+
+    bench.run(law())
+
+
 def test_a_canary_that_never_comes_ends_the_install_and_leaves_nothing(bench: Bench) -> None:
     async def law() -> None:
         ref = await bench.adapter()
@@ -848,9 +865,12 @@ ALONE = """
         print("engine", (await sampler.handle(GetStatistics())).engine_pid, flush=True)
         try:
             sys.stdin.readline()
-            await sampler.handle(GetStatistics())
+            async with asyncio.timeout(20):
+                while True:  # vLLM hears of a death on a thread of its own, a little later
+                    await sampler.handle(GetStatistics())
+                    await asyncio.sleep(0)
         except Exception as error:
-            print("fault", type(error).__name__, type(sampler.fatal.exception()).__name__, flush=True)
+            print("fault", type(error).__name__, sampler.fatal.done() and type(sampler.fatal.exception()).__name__, flush=True)
         await sampler.aclose()
 
     if __name__ == "__main__":
@@ -893,9 +913,9 @@ def test_a_sampler_killed_leaves_no_process_behind(
     assert psutil.wait_procs(family, timeout=10)[1] == []
 
 
-def test_a_dead_engine_is_fatal_to_its_sampler(lone: Callable[..., tuple[subprocess.Popen[str], psutil.Process]]) -> None:
+def test_a_dead_engine_is_soon_fatal_to_its_sampler(lone: Callable[..., tuple[subprocess.Popen[str], psutil.Process]]) -> None:
     sampler, engine = lone()
     engine.kill()
     psutil.wait_procs([engine], timeout=10)
-    output, _ = sampler.communicate("go\n", timeout=30)
+    output, _ = sampler.communicate("go\n", timeout=60)
     assert f"fault {EngineLostError.__name__} {EngineLostError.__name__}" in output.splitlines()

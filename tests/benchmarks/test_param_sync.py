@@ -37,7 +37,15 @@ def test_live_counts_from_the_optimizers_end_and_no_canary_is_in_it(sync_bench):
         "offered": 600.0,
         "published": 30.0,
     }
-    assert told["canary_difference"] == {"median": 0.5, "max": 0.5, "count": 5}
+    assert told["audited"]["canary_difference"] == {"median": 0.5, "max": 0.5, "count": 5}
+
+
+def test_a_sync_that_was_not_audited_counts_among_all_and_not_among_the_audits(sync_bench):
+    quick = {name: value for name, value in passed(1.0, published=1.004).items() if not name.startswith("canary")}
+    told = sync_bench.times_of([quick, quick, passed(2.0)])
+    assert told["offered_ms"]["p50"] == pytest.approx(4.0) and told["offered_ms"]["count"] == 3
+    assert told["audited"]["offered_ms"]["p50"] == pytest.approx(30.0) and told["audited"]["canary_difference"]["count"] == 1
+    assert "audited" not in sync_bench.times_of([quick])
 
 
 class Pools:
