@@ -6,7 +6,7 @@
 vLLM makes the wrapper that its platform names; `vllm_plugin` has it name this one. The op is opaque to torch.compile and
 changes its first argument, as vLLM's own do; a captured graph reads the table at its fixed address. Adapters stay in vLLM's
 stacked buffers. What the kernels do not take runs as it did, and is said once: adapters of embeddings, heads and experts,
-adapters spread over several GPUs, ranks above 128.
+`fully_sharded_loras`, ranks above 128. Of a tensor parallel engine each worker has a part of A or of B, and so of the sum.
 """
 
 from __future__ import annotations

@@ -130,8 +130,8 @@ class GateUp(column_parallel_linear.MergedColumnParallelLinearWithLoRA):
 
 
 def test_gate_and_up_call_the_wrapper_once_and_vllms_own_kernels_never(monkeypatch: pytest.MonkeyPatch) -> None:
-    for owner, name in ((LoRAModelManager, "_set_adapter_mapping"), (LoRAModelManager, "activate_adapter"),
-                        (LoRAConfig, "compute_hash"), (column_parallel_linear, "_mcp_apply")):  # fmt: skip
+    for owner, name in ((LoRAModelManager, "set_adapter_mapping"), (LoRAConfig, "compute_hash"),
+                        (column_parallel_linear, "_mcp_apply")):  # fmt: skip
         monkeypatch.setattr(owner, name, getattr(owner, name))
     made, (a, b), ids = wrapper(), stacks(), [11, 12, 0, 14]
     layer = GateUp(made, a, b, sharded=False)

@@ -11,9 +11,12 @@ import types
 from typing import Any
 
 import pytest
+import torch
 from vllm.config.lora import LoRAConfig
 from vllm.lora.layers import column_parallel_linear
 from vllm.lora.layers.utils import LoRAMapping
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager
 
 from weft.actors import vllm_plugin
@@ -38,7 +41,8 @@ assert not hasattr(type(current_platform), "weft_installed")
 import sys
 assert "weft.actors.punica" not in sys.modules
 """
-    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", vllm_plugin.VARIABLE: "1"}
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
+    environment.pop(vllm_plugin.VARIABLE, None)
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "weft" not in done.stdout + done.stderr
@@ -60,11 +64,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> type[Gpu]:
     """vLLM's own manager and settings, and this platform in the place of the CPU's, all as they were afterwards."""
     fresh = type("Fresh", (Gpu,), {})
     monkeypatch.setattr("vllm.platforms._current_platform", fresh())
-    for owner, name in ((LoRAModelManager, "_set_adapter_mapping"), (LoRAModelManager, "activate_adapter"),
-                        (LoRAConfig, "compute_hash"), (column_parallel_linear, "_mcp_apply")):  # fmt: skip
+    for owner, name in ((LoRAModelManager, "set_adapter_mapping"), (LoRAConfig, "compute_hash"),
+                        (column_parallel_linear, "_mcp_apply")):  # fmt: skip
         monkeypatch.setattr(owner, name, getattr(owner, name))
     monkeypatch.delattr(vllm_plugin.register, "said", raising=False)
-    monkeypatch.setenv(vllm_plugin.VARIABLE, "1")
+    monkeypatch.delenv(vllm_plugin.VARIABLE, raising=False)
     return fresh
 
 
@@ -89,14 +93,13 @@ def test_another_version_is_left_alone_and_that_is_said_once(
     assert [version in record.message for record in caplog.records] == [True]
 
 
-@pytest.mark.parametrize("setting", ["0", "", None])
-def test_nothing_but_the_variable_turns_it_on(gpu: type[Gpu], setting: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("setting", ["0", "1", None])
+def test_it_runs_unless_the_variable_turns_it_off(gpu: type[Gpu], setting: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_plugin, "_version", lambda: "0.24.0")
-    monkeypatch.delenv(vllm_plugin.VARIABLE)
     if setting is not None:
         monkeypatch.setenv(vllm_plugin.VARIABLE, setting)
     vllm_plugin.register()
-    assert gpu.get_punica_wrapper() == "theirs"
+    assert gpu.get_punica_wrapper() == ("theirs" if setting == "0" else OURS)
 
 
 class Wrapper:
@@ -106,35 +109,87 @@ class Wrapper:
         self.told: list[Any] = []
 
     def weft_meet(self, modules: dict[str, Any], ranks: dict[int, int]) -> None:
-        self.told.append((modules, ranks))
+        self.told.append(ranks)
 
     def update_metadata(self, mapping: LoRAMapping, index_to_id: list[int | None], *rest: Any) -> None:
-        self.told.append((mapping.index_mapping, index_to_id))
+        self.told.append((mapping.index_mapping, list(index_to_id)))
 
 
-def test_vllms_manager_tells_the_ranks_before_the_tokens_and_again_when_a_slot_has_new_weights(
-    gpu: type[Gpu], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(vllm_plugin, "_version", lambda: "0.24.0")
-    vllm_plugin.register()
-    manager, wrapper = LoRAModelManager.__new__(LoRAModelManager), Wrapper()
-    adapters = {1: types.SimpleNamespace(id=1, rank=8, loras={}), 2: types.SimpleNamespace(id=2, rank=32, loras={})}
-    state = {"_registered_adapters": adapters, "_active_adapters": {}, "lora_index_to_id": [None, None], "modules": {}}
-    state |= {"punica_wrapper_mapping": {"language_model": wrapper}, "supports_mm": False, "vocab_size": 10}
-    state |= {"lora_config": types.SimpleNamespace(max_loras=2), "_last_mapping": None}
-    state |= {"_get_punica_wrapper": lambda name: wrapper, "_classification_head": None}
-    vars(manager).update(state)
+class Manager(LoRAModelManager):
+    """vLLM's own, without a model; its batches are compared as vLLM 0.24 does it, whatever version is here."""
+
+    def __init__(self) -> None:
+        adapters = {1: LoRAModel(1, 8, {}), 2: LoRAModel(2, 32, {})}
+        state = {"_registered_adapters": adapters, "_active_adapters": {}, "lora_index_to_id": [None, None], "modules": {}}
+        state |= {"punica_wrapper_mapping": {"language_model": Wrapper()}, "supports_mm": False, "vocab_size": 10}
+        state |= {"lora_config": types.SimpleNamespace(max_loras=2), "_last_mapping": None, "_classification_head": None}
+        state |= {"_get_punica_wrapper": lambda name: self.punica_wrapper_mapping["language_model"]}
+        vars(self).update(state)
+
+    def set_adapter_mapping(self, mapping: LoRAMapping) -> None:
+        if self._last_mapping != mapping:
+            self._set_adapter_mapping(mapping)
+            self._last_mapping = mapping
+
+    def told(self) -> list[Any]:
+        """Since it was asked last."""
+        wrapper = self.punica_wrapper_mapping["language_model"]
+        told, wrapper.told = wrapper.told, []
+        return told
+
+
+@pytest.fixture
+def manager(monkeypatch: pytest.MonkeyPatch) -> Manager:
+    kind = type("Plugged", (Manager,), {})
+    monkeypatch.setattr(LoRAConfig, "compute_hash", LoRAConfig.compute_hash)
+    monkeypatch.setattr(column_parallel_linear, "_mcp_apply", column_parallel_linear._mcp_apply)
+    vllm_plugin.install(type("Platform", (), {}), kind, LoRAConfig, column_parallel_linear)
+    return kind()
+
+
+MIX = LoRAMapping((1, 0, 2, 2), (1, 0, 2, 2))
+
+
+def test_vllms_manager_tells_the_ranks_before_the_tokens_and_the_same_batch_once(manager: Manager) -> None:
     assert manager.activate_adapter(1) and manager.activate_adapter(2)
-    mapping = LoRAMapping((1, 0, 2, 2), (1, 0, 2, 2))
-    manager.set_adapter_mapping(mapping)
-    assert wrapper.told == [({}, {1: 8, 2: 32}), ((1, 0, 2, 2), [1, 2])]
-    manager.set_adapter_mapping(mapping)
-    assert len(wrapper.told) == 2, "the same batch again"
+    manager.set_adapter_mapping(MIX)
+    assert manager.told() == [{1: 8, 2: 32}, ((1, 0, 2, 2), [1, 2])]
+    manager.set_adapter_mapping(LoRAMapping((1, 0, 2, 2), (1, 0, 2, 2)))
+    assert manager.told() == []
+
+
+def test_the_same_batch_is_looked_at_again_when_vllm_has_loaded_an_adapter_anew(manager: Manager) -> None:
+    assert manager.activate_adapter(1) and manager.activate_adapter(2)
+    manager.set_adapter_mapping(MIX)
     manager.deactivate_adapter(1)
-    adapters[1].rank = 16
+    manager._registered_adapters[1] = LoRAModel(1, 16, {})
     assert manager.activate_adapter(1)
-    manager.set_adapter_mapping(mapping)
-    assert wrapper.told[2:] == [({}, {1: 16, 2: 32}), ((1, 0, 2, 2), [1, 2])]
+    manager.told()
+    manager.set_adapter_mapping(MIX)
+    assert manager.told() == [{1: 16, 2: 32}, ((1, 0, 2, 2), [1, 2])]
+
+
+def test_the_same_batch_is_looked_at_again_when_somebody_else_has_filled_its_slots(manager: Manager) -> None:
+    """As weft's parameter sync does: vLLM's dummies were warmed up under the ids that its first adapters have."""
+    assert manager.activate_adapter(1) and manager.activate_adapter(2)
+    manager.set_adapter_mapping(MIX)
+    manager.told()
+    manager.lora_index_to_id = [2, 1]
+    manager.set_adapter_mapping(MIX)
+    assert manager.told() == [{1: 8, 2: 32}, ((1, 0, 2, 2), [2, 1])]
+
+
+def test_an_adapter_has_the_rank_of_its_widest_layer() -> None:
+    """PEFT's rank_pattern: a layer may be wider than the adapter's own rank, and vLLM applies all of it."""
+
+    def layer(*ranks: int | None) -> LoRALayerWeights:
+        a: Any = [None if rank is None else torch.zeros(rank, 4) for rank in ranks]
+        return LoRALayerWeights("any", 8, 8, a if len(a) > 1 else a[0], a)
+
+    assert vllm_plugin.rank_of(LoRAModel(1, 8, {})) == 8
+    assert vllm_plugin.rank_of(LoRAModel(1, 8, {"o": layer(8), "qkv": layer(4, None, 4)})) == 8
+    assert vllm_plugin.rank_of(LoRAModel(1, 8, {"o": layer(8), "qkv": layer(8, None, 24)})) == 24
+    assert vllm_plugin.rank_of(LoRAModel(1, 8, {"o": layer(12)})) == 12
 
 
 def test_every_supported_version_is_one_that_the_gpu_extra_may_install() -> None:
