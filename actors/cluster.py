@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import hashlib
 import importlib
+import itertools
 import json
 import logging
 import os
@@ -50,6 +51,7 @@ WATCH_S = 0.25
 PROCESSES_FILE = "processes.jsonl"
 COUNTERS = ("weft_tokens_sampled", "weft_tokens_trained")
 HISTOGRAMS = "weft_time_"
+AGAIN = 50  # gauges set again with each that is set, at most: 3.4 us each
 SECONDS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
 _log = logging.getLogger(__name__)
 
@@ -315,18 +317,20 @@ class Cluster:
 class RayMetrics:
     """The numbers of a run as Ray metrics: `weft_reward_mean` appears as `ray_weft_reward_mean` in Ray's Prometheus text.
 
-    Tokens of each step add up in a counter, seconds fill a histogram, and of everything else a gauge shows the newest value.
+    Tokens of each step add up in a counter, seconds fill a histogram, and of everything else a gauge shows the newest value:
+    Ray forgets a gauge that nobody has set for two of its reports, so what is older than half of one is set again.
     """
 
     def __init__(self) -> None:
         self._metrics: dict[str, Any] = {}
+        self._shown: dict[Any, tuple[float, float]] = {}  # by name and tags: the value and when it was set, oldest first
 
     def record(self, name: str, value: float, tags: Mapping[str, str]) -> None:
         """One value; a name has the same tag names for ever."""
+        import ray
         from ray.util import metrics
 
-        metric = self._metrics.get(name)
-        if metric is None:
+        if (metric := self._metrics.get(name)) is None:
             keys = tuple(sorted(tags))
             if name in COUNTERS:
                 metric = metrics.Counter(name, tag_keys=keys)
@@ -341,7 +345,16 @@ class RayMetrics:
         elif isinstance(metric, metrics.Histogram):
             metric.observe(value, tags=dict(tags))
         else:
-            metric.set(value, tags=dict(tags))
+            self._show(name, tuple(tags.items()), value)
+            kept = time.monotonic() - ray._config.metrics_report_interval_ms() / 2000
+            for gauge, (old, at) in list(itertools.islice(self._shown.items(), AGAIN)):
+                if at < kept:
+                    self._show(*gauge, old)
+
+    def _show(self, name: str, tags: tuple[tuple[str, str], ...], value: float) -> None:
+        self._shown.pop((name, tags), None)
+        self._shown[name, tags] = value, time.monotonic()
+        self._metrics[name].set(value, tags=dict(tags))
 
 
 @contextlib.contextmanager

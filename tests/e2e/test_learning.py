@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import subprocess
 import tempfile
 import urllib.request
 from pathlib import Path
@@ -17,18 +19,19 @@ from weft.configs.schema import ClusterConfig
 
 STEPS = 20
 NAMES = ("calculator-strict", "calculator-cispo", "letters")
+METRICS = {f"ray_weft_{name}" for name in ("reward_mean", "staleness_max", "logprob_diff", "eval_reward", "step")}
 
 
 @pytest.fixture(scope="module")
 def run(weft: Any, adapters: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    run = weft(tmp_path_factory.mktemp("learning") / "run", adapters, "adapters=three", "cluster.dashboard_port=0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", "1000")
+        run = weft(tmp_path_factory.mktemp("learning") / "run", adapters, "adapters=three", "cluster.dashboard_port=0")
     run.metrics = ""
-
-    def all_there() -> bool:
+    while run.process.poll() is None and not all(metrics_of(name, run.metrics) >= METRICS for name in NAMES):
         run.metrics = prometheus_text(run.folder) or run.metrics
-        return all(f'adapter="{name}"' in reward_lines(run.metrics) for name in NAMES)
-
-    run.wait_until(all_there, "a reward of each adapter in Ray's Prometheus text")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.process.wait(0.2)
     assert run.wait() == 0, run.output()[-4000:]
     return run
 
@@ -44,15 +47,16 @@ def prometheus_text(folder: Path) -> str:
         return ""
 
 
-def reward_lines(text: str) -> str:
-    return "\n".join(line for line in text.splitlines() if line.startswith("ray_weft_reward_mean{"))
+def metrics_of(name: str, text: str) -> set[str]:
+    """The names of what is there of this adapter."""
+    lines = [line for line in text.splitlines() if line.startswith("ray_weft_")]
+    return {line.split("{")[0] for line in lines if f'adapter="{name}"' in line}
 
 
-def test_each_adapters_metrics_are_in_rays_prometheus_text_under_its_name(run: Any) -> None:
-    lines = [line for line in run.metrics.splitlines() if line.startswith("ray_weft_")]
+def test_each_adapters_metrics_stand_together_in_rays_prometheus_text_however_old_some_are(run: Any) -> None:
+    """logprob_diff, of which not every step has one, was last set some steps ago."""
     for name in NAMES:
-        mine = {line.split("{")[0] for line in lines if f'adapter="{name}"' in line}
-        assert {"ray_weft_reward_mean", "ray_weft_staleness_max", "ray_weft_step"} <= mine, mine
+        assert metrics_of(name, run.metrics) >= METRICS, metrics_of(name, run.metrics)
 
 
 def test_a_users_file_and_reward_a_sweep_and_a_warm_start_from_an_earlier_run(run: Any, weft: Any, tmp_path: Path) -> None:
@@ -177,7 +181,6 @@ def test_peft_folders_load_in_peft_and_in_vllm_with_the_same_log_probabilities(r
 def _in_vllm(model: str, folders: dict[str, str], tokens: list[int]) -> dict[str, list[float]]:
     """Prompt log-probabilities by vLLM's own LoRARequest from disk, in a process that ends with the engine."""
     import os
-    import subprocess
     import sys
 
     environment = os.environ | {
