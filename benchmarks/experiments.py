@@ -245,6 +245,8 @@ async def run_policy(
         with Metrics(settings.dir) as metrics:
             observers = (metrics, policy.observer(clock() - began))
             pipeline = Pipeline(settings, config.cluster.trainer, pools, observers, clock)
+            if (rule := RULES.get(policy.name)) is not None and rule.turns is not None:
+                pipeline._steps.turns = rule.turns
             policy.pipelines.append(await pipeline.run(adapters))
         for name, end in list(policy.ends().items())[-len(adapters) :]:
             print(f"{end:8.1f} s  {policy.name}: {name} has ended", flush=True)

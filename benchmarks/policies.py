@@ -7,12 +7,15 @@ time-shared     the same on one card that has two jobs. At staleness 0 an adapte
                 each install the adapter's masters and moments leave the trainer's card, and come back for its next step.
                 What a colocated engine does besides is not in this row: vLLM's sleep and wake (on one H200 a 4B base has room
                 for both jobs), and that it could sample on both cards, then train on both.
-lock-step       all adapters sample, then all train, then all sync.
+lock-step       all adapters sample, then all train, in one launch where they fit, then all sync.
 one-a-launch    all adapters at once, and a trainer that takes one of them at a time.
 swap            the same as SkyRL's trainer does it: masters and moments wait in pinned host memory and come to the card for a
                 step. Moved by the trainer's own store. The card holds two states, so that one is synced while the next trains,
                 which SkyRL's does not do.
-few             a launch takes two adapters at most, so that two need not wait until all have been trained.
+all-ready       all adapters at once, and a launch takes all that are ready, as far as they fit.
+staleness-0     as weft does it: a launch takes a third of the on-policy adapters at most, two of eight (pipeline/schedule.py).
+few             the same with two adapters a launch at most, however many there are.
+staleness-1, -2 as weft does it: nobody is on policy, and a launch takes all that are ready, as far as they fit.
 """
 
 from __future__ import annotations
@@ -30,13 +33,15 @@ NOBODY = AdapterRef("", 0, 0)  # a message that names it is for the benchmark's 
 @dataclass(frozen=True)
 class Rule:
     """What a policy changes. one_by_one: an adapter begins when the one before has ended. lock_step: no adapter begins a step
-    before all have been synced. a_launch: adapters that the trainer takes at once, at most. swap: its card holds the states
+    before all have been synced. a_launch: adapters that the trainer takes at once, at most. turns: of the on-policy
+    ones, instead of the scheduler's own (StepScheduler.turns). swap: its card holds the states
     of two of them. time_shared: of none, but while it trains. max_staleness: of every adapter. first: of the experiments, these
     many are done; one after the other, each is as long as beside all."""
 
     one_by_one: bool = False
     lock_step: bool = False
     a_launch: int | None = None
+    turns: int | None = None
     swap: bool = False
     time_shared: bool = False
     max_staleness: int | None = None
@@ -48,7 +53,8 @@ RULES = {
     "serial-on-policy": Rule(one_by_one=True, max_staleness=0),
     "serial-time-shared": Rule(one_by_one=True, time_shared=True, max_staleness=0, first=2),
     "together": Rule(),  # each with its own bound
-    "lock-step": Rule(lock_step=True, max_staleness=0),
+    "lock-step": Rule(lock_step=True, turns=1, max_staleness=0),
+    "all-ready": Rule(turns=1, max_staleness=0),
     "one-a-launch": Rule(a_launch=1, max_staleness=0),
     "swap": Rule(a_launch=1, swap=True, max_staleness=0),
     "staleness-0": Rule(max_staleness=0),

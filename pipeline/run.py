@@ -157,7 +157,8 @@ class Pipeline:
         await self._publish(adapter)
         if adapter.version == 0 and adapter.progress.eval_base is None:
             await self._evaluate(adapter, final=False)
-        await self._train(adapter, PromptSource(num_prompts, config.sampling.seed, adapter.progress.prompts))
+        with self._steps.on_policy(adapter.name) if config.max_staleness == 0 else contextlib.nullcontext():
+            await self._train(adapter, PromptSource(num_prompts, config.sampling.seed, adapter.progress.prompts))
         if adapter.checkpointed != adapter.version:
             await self._recovery.checkpoint(adapter)
         done = adapter.version == config.num_steps
@@ -179,7 +180,7 @@ class Pipeline:
                     break
                 waited = self._enter(adapter, Phase.QUEUED) - asked
                 entered = partial(self._journal.enter, adapter, Phase.TRAINING)
-                step = await self._steps.submit(ready.batch, entered, on_policy=config.max_staleness == 0)
+                step = await self._steps.submit(ready.batch, entered)
                 if step.result.fault:
                     raise AdapterFault(f"{adapter.ref}: {step.result.fault}", "FloatingPointError")
                 late, told = count_late(ready.token_ages, config.max_staleness), ready.figures

@@ -10,8 +10,8 @@ import asyncio
 import bisect
 import itertools
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Hashable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 from weft.pipeline.balance import Balance
@@ -20,6 +20,9 @@ from weft.pipeline.interfaces import Seat, Seats, Trainers
 from weft.transport.errors import PeerDiedError
 from weft.transport.messages import StepResult, TrainBatch
 
+TURNS = 3
+"""On-policy adapters of one home train in so many launches, or more. In virtual time, with the costs of two H200s, 2 would end
+9 % later with four adapters, up to 5 % with eight, and up to 3 % sooner with sixteen."""
 Clock = Callable[[], float]
 
 
@@ -162,7 +165,6 @@ class _Submission:
     batch: TrainBatch
     home: tuple[Hashable, ...]
     on_launch: Callable[[], None]
-    on_policy: bool
     submitted: float
     idle_before: float  # how long some trainer had been idle by then
     stepped: asyncio.Future[Stepped] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -172,10 +174,9 @@ class StepScheduler:
     """One launch at a time on each trainer, shared by its adapters that are ready.
 
     A launch takes the batch that has waited longest, whatever its size, then in order of age every one that still fits into the
-    token budget, but of those that are on policy only the older half: while such an adapter trains, nothing of it is sampled,
-    and a launch of all would have all of them sample at once and wait at once. What is left keeps the trainer busy when they
-    are gone; where many wait, half of them is still many. Each launch takes the oldest, so none starves: a batch waits for at
-    most as many launches as were ahead of it.
+    token budget, but no more on-policy ones than a third of the on-policy adapters that live there (or one): nothing of these
+    is sampled while they train, so a launch of all would have all of them sample at once and wait at once. Each launch takes
+    the oldest, so none starves: a batch waits for at most as many launches as were ahead of it.
     An adapter whose batch would wait, as many have before it, while another trainer is idle, moves there first (balance.py).
     A death of a trainer fails its launch and all that wait for it: their adapters are gone with it. Those of others go on.
     """
@@ -195,16 +196,26 @@ class StepScheduler:
         self._tasks = tasks
         self._clock = clock
         self._on_end = on_end
+        self.turns = TURNS
+        self._on_policy: set[str] = set()
         self._meter = LoadMeter(clock)
         self._pending: list[_Submission] = []
         self._launching: set[tuple[Hashable, ...]] = set()  # homes
         self._balance = Balance(clock)
 
-    async def submit(self, batch: TrainBatch, on_launch: Callable[[], None] = lambda: None, on_policy: bool = False) -> Stepped:
+    @contextmanager
+    def on_policy(self, name: str) -> Iterator[None]:
+        """While this lasts, nothing of adapter `name` is sampled from the end of its rollouts to that of its step."""
+        self._on_policy.add(name)
+        try:
+            yield
+        finally:
+            self._on_policy.discard(name)
+
+    async def submit(self, batch: TrainBatch, on_launch: Callable[[], None] = lambda: None) -> Stepped:
         """One optimizer step of one adapter; waits for its launch. Raises what the trainer raises.
 
-        `on_launch` is called when its launch begins. on_policy: nothing of this adapter is sampled until the step's end. To
-        cancel a batch that is launched does not stop the launch.
+        `on_launch` is called when its launch begins. To cancel a batch that is launched does not stop the launch.
         """
         submitted, idle_before = self._clock(), self._balance.idle_seconds
         home = self._trainers.home(batch.ref.name)
@@ -212,7 +223,7 @@ class StepScheduler:
             if await self._trainers.move(batch.ref, self._launching):  # one that was not made says nothing of what one costs
                 self._balance.note_move(self._clock() - submitted)
             home, idle_before = self._trainers.home(batch.ref.name), self._balance.idle_seconds
-        submission = _Submission(batch, home, on_launch, on_policy, submitted, idle_before)
+        submission = _Submission(batch, home, on_launch, submitted, idle_before)
         self._pending.append(submission)
         if home not in self._launching:
             self._launching.add(home)
@@ -253,15 +264,17 @@ class StepScheduler:
         return [submission for submission in self._pending if submission.home == home]
 
     def _choose(self, waiting: list[_Submission]) -> list[_Submission]:
-        on_policy = (sum(submission.on_policy for submission in waiting) + 1) // 2
+        taking_turns = sum(self._trainers.home(name) == waiting[0].home for name in self._on_policy)
+        places = max(1, taking_turns // self.turns)
         chosen: list[_Submission] = []
         tokens = 0
         for submission in waiting:
+            on_policy = submission.batch.ref.name in self._on_policy
             fits = not chosen or tokens + len(submission.batch.tokens) <= self._token_budget
-            if fits and (on_policy or not submission.on_policy):
+            if fits and (places or not on_policy):
                 chosen.append(submission)
                 tokens += len(submission.batch.tokens)
-                on_policy -= submission.on_policy
+                places -= on_policy
         return chosen
 
     async def _step(self, chosen: list[_Submission]) -> None:

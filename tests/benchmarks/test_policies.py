@@ -84,11 +84,12 @@ def test_swap_holds_two_states_for_as_long_as_it_lasts_and_a_launch_takes_one(be
     assert benchmark.measure(policies["staleness-0"])["moved_mb_a_step"] == 0
 
 
-def test_few_takes_two_adapters_a_launch_and_never_three(benchmark, simulation, tmp_path):
-    policies, _ = run(benchmark, simulation, tmp_path, ["staleness-0", "staleness-0-few"], rollout_seconds=0.2)
+def test_a_launch_takes_as_many_on_policy_adapters_as_its_policy_says(benchmark, simulation, tmp_path):
+    """Of nine adapters that come back at once: a third, two, all that wait, one, all that wait."""
+    names = ["staleness-0", "staleness-0-few", "all-ready", "one-a-launch", "lock-step"]
+    policies, _ = run(benchmark, simulation, tmp_path, names, adapters=9, rollout_seconds=0.2)
     sizes = {name: [len(launch.tokens) for launch in of(policy, LaunchEnded)] for name, policy in policies.items()}
-    assert max(sizes["staleness-0-few"]) == 2
-    assert max(sizes["staleness-0"]) > 2
+    assert [max(sizes[name]) for name in names] == [3, 2, 8, 1, 8], "the first to come finds the trainer free"
 
 
 def batch_of(ref: AdapterRef) -> TrainBatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections import Counter
 
@@ -83,17 +84,20 @@ def scheduled(simulation, submissions, token_budget, trainer=None, on_policy=())
     async def one(scheduler, time, name, tokens):
         await asyncio.sleep(time)
         try:
-            stepped = await scheduler.submit(batch(name, tokens), on_policy=name in on_policy)
+            stepped = await scheduler.submit(batch(name, tokens))
         except PeerDiedError as error:
             done[name] = (error, asyncio.get_running_loop().time())
         else:
             done[name] = (stepped, asyncio.get_running_loop().time())
 
     async def main():
-        async with asyncio.TaskGroup() as tasks:
-            scheduler = StepScheduler(trainer, token_budget, tasks, asyncio.get_running_loop().time)
-            for submission in submissions:
-                tasks.create_task(one(scheduler, *submission))
+        with contextlib.ExitStack() as while_it_lasts:
+            async with asyncio.TaskGroup() as tasks:
+                scheduler = StepScheduler(trainer, token_budget, tasks, asyncio.get_running_loop().time)
+                for name in on_policy:
+                    while_it_lasts.enter_context(scheduler.on_policy(name))
+                for submission in submissions:
+                    tasks.create_task(one(scheduler, *submission))
 
     simulation.run_virtual(main)
     return trainer, done
@@ -132,17 +136,42 @@ def test_those_that_come_while_a_launch_runs_gather_for_the_next(simulation):
     assert done["c"][0].train_seconds == pytest.approx(1.0)
 
 
-def test_of_those_on_policy_a_launch_takes_the_older_half_and_of_others_all(simulation):
-    names = "abcdefgh"
-    trainer, _ = scheduled(simulation, [(0, name, 1) for name in names], 100, on_policy="abdefg")
-    assert trainer.launches == [[*"abcdh"], [*"ef"], ["g"]]
+def test_a_launch_takes_a_third_of_the_on_policy_adapters_at_most_and_of_others_all_that_wait(simulation):
+    trainer, _ = scheduled(simulation, [(0, name, 1) for name in "abcdefgh"], 100, on_policy="abdefg")
+    assert trainer.launches == [[*"abch"], [*"de"], [*"fg"]]
+    trainer, _ = scheduled(simulation, [(0, name, 1) for name in "abc"], 100, on_policy="ab")
+    assert trainer.launches == [[*"ac"], ["b"]], "one, where a third is none"
+    several = [(0, f"{home}:{i}", 1) for home in "xy" for i in range(3)]
+    trainer, _ = scheduled(simulation, several, 100, on_policy={"x:0", "x:1", "x:2"})
+    assert trainer.launches == [["x:0"], ["y:0", "y:1", "y:2"], ["x:1"], ["x:2"]], "of those that live there"
+
+
+def test_the_oldest_batch_is_in_every_launch_however_many_are_on_policy(simulation):
     chance = random.Random(2)
     several = [(chance.uniform(0, 20), f"a{i}", 1) for i in range(200)]
-    trainer, _ = scheduled(simulation, several, 100, on_policy={f"a{i}" for i in range(0, 200, 2)})
+    on_policy = {f"a{i}" for i in range(0, 200, 2)}
+    trainer, _ = scheduled(simulation, several, 100, on_policy=on_policy)
     waiting = [name for _, name, _ in sorted(several)]
     for launch in trainer.launches:
-        assert launch[0] == waiting[0], "the oldest is in every launch"
+        assert launch[0] == waiting[0], "so each waits for as many launches as were ahead of it, at most"
+        assert len(on_policy.intersection(launch)) <= 33
         waiting = [name for name in waiting if name not in launch]
+    assert not waiting
+
+
+def test_who_is_on_policy_no_longer_takes_no_turn(simulation):
+    trainer = Trainer()
+
+    async def main():
+        async with asyncio.TaskGroup() as tasks:
+            scheduler = StepScheduler(trainer, 100, tasks, asyncio.get_running_loop().time)
+            with scheduler.on_policy("a"), scheduler.on_policy("b"):
+                pass
+            for name in "ab":
+                tasks.create_task(scheduler.submit(batch(name, 1)))
+
+    simulation.run_virtual(main)
+    assert trainer.launches == [["a", "b"]]
 
 
 def test_a_launch_keeps_the_token_budget_and_a_bigger_batch_goes_alone(simulation):

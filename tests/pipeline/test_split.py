@@ -8,7 +8,7 @@ import itertools
 import json
 import random
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 
@@ -193,16 +193,17 @@ def test_what_is_done_comes_close_to_what_is_possible(simulation, memory_folder)
 
 
 def test_launches_of_on_policy_adapters_are_neither_a_barrier_for_all_nor_one_by_one(simulation, memory_folder):
-    """One sampler and one trainer, launches that cost something themselves. As a 4B base was measured on two H200s, eight
-    adapters: a rollout of R(n) = 0.54 + 0.133 n s, launches of 0.11 + 0.13 k s. And sixteen where launches are the work."""
-    as_measured = Case(0.27, 0.133 / 32, 0.133, 0.1, adapters=8, places=128, launch=0.106)
+    """One sampler and one trainer. Eight adapters as a 4B base was measured on two H200s: a rollout of R(n) = 0.47 + 0.085 n s,
+    launches of 0.055 + 0.133 k s. And sixteen where launches are the work."""
+    as_measured = Case(0.235, 0.085 / 32, 0.133, 0.02, adapters=8, places=256, launch=0.055, steps=10)
     _, speed = run_split(simulation, memory_folder / "a", as_measured, 1, 1, batches=100)
-    alone = replace(as_measured, training=0.133 + 0.106)  # the cycle of one that finds the trainer free
-    assert speed >= 0.8 * bound(alone.work, alone.wanted, 1, 1)
+    _, one_by_one = run_split(simulation, memory_folder / "b", as_measured, 1, 1, batches=1)
+    assert speed >= 1.08 * one_by_one
+    assert speed >= 0.83 * bound(as_measured.work, as_measured.wanted, 1, 1)
     launches_cost = Case(0.27, 0.05 / 32, 0.03, 0.1, adapters=16, places=256, launch=0.3)
-    _, speed = run_split(simulation, memory_folder / "b", launches_cost, 1, 1, batches=100)
-    _, one_by_one = run_split(simulation, memory_folder / "c", launches_cost, 1, 1, batches=1)
-    assert speed >= 2 * one_by_one
+    _, speed = run_split(simulation, memory_folder / "c", launches_cost, 1, 1, batches=100)
+    _, one_by_one = run_split(simulation, memory_folder / "d", launches_cost, 1, 1, batches=1)
+    assert speed >= 2.75 * one_by_one
 
 
 def random_work(chance: random.Random) -> tuple[Work, Wanted]:
