@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode_check import check_greedy, check_kernels, check_trainer
+from decode_check import check_engines, check_kernels
 from decode_engine import PROMPT, Arm, Engine, Load
 from decode_notes import NOTES
 from record import RESULTS, commit, hardware, spread, versions, write_result
@@ -35,6 +35,9 @@ ZIPF = 1.1  # exponent
 SMALL_CACHE = 7.4  # GB: 256 sequences of 192 tokens
 LEAST_CACHE = 5.0  # GB: 256 sequences of 128 tokens
 TINY_CACHE = 1.0  # GB, for the base that ships
+ROUNDS = 3  # of each row, at least
+SHORTEST = 640  # tokens of each sequence that a row takes the time of, at least
+MOST_TURNS = 10  # of a row whose sequences are short: a prefill's alone has one token
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def measure(part: str, engines: dict[str, Engine], rounds: int, shortest: int) -
         turns = [(engines[BASE.name], alone)] if BASE.name in engines else []
         turns += [(engines[name], row) for row in together for name in row.arms if name in engines]
         took: list[list[float]] = [[] for _ in turns]
-        for turn in range(-1, max(rounds, shortest // generated)):
+        for turn in range(-1, turns_of(generated, rounds, shortest)):
             for (engine, row), times in zip(turns, took, strict=True):
                 load = row.load(1000 + turn)
                 warm_up = Load(load.adapters, min(8, generated), prompt, 999)
@@ -113,6 +116,11 @@ def measure(part: str, engines: dict[str, Engine], rounds: int, shortest: int) -
                 if turn >= 0:
                     times.append(seconds)
         yield from shape(part, turns, took)
+
+
+def turns_of(generated: int, rounds: int, shortest: int) -> int:
+    """Timed runs of a row."""
+    return max(rounds, min(MOST_TURNS, -(-shortest // generated)))
 
 
 def shape(part: str, turns: list[tuple[Engine, Row]], took: list[list[float]]) -> list[dict[str, Any]]:
@@ -172,7 +180,7 @@ def run_part(part: str, folder: str, options: argparse.Namespace, write: Callabl
     result: dict[str, Any] = {"gate": {}, "profiles": {}, "rows": []}
     try:
         for arm in arms:
-            if not options.arms or arm.name in options.arms.split(";"):
+            if arm.name in asked_of(part, options):
                 engines[arm.name] = Engine(replace(arm, cache_gb=TINY_CACHE) if options.tiny else arm, folder, options.logs)
         for name in [*engines]:
             try:
@@ -184,16 +192,10 @@ def run_part(part: str, folder: str, options: argparse.Namespace, write: Callabl
                 engines.pop(name).close()
                 if next(arm for arm in arms if arm.name == name).ours:
                     raise
-        ours = [engine for engine in engines.values() if engine.arm.ours]
-        for engine in ours:
-            assert engine.facts["wrapper"] == "DecodeLora", f"{engine.arm.name} runs {engine.facts['wrapper']}"
-        adapters = min(8, ours[0].arm.slots) if ours else 0
-        if ours:
-            result["gate"] |= check_trainer(ours[0], folder, adapters, 64)
-        theirs = [engine for engine in engines.values() if engine.arm.slots and not engine.arm.ours]
-        if ours and theirs:
-            result["gate"] |= check_greedy(ours[0], theirs[-1], adapters, 64)
-        print(result["gate"], flush=True)
+        for engine in engines.values():
+            assert not engine.arm.ours or engine.facts["wrapper"] == "DecodeLora", f"{engine.arm.name}: {engine.facts}"
+        result["gate"] = check_engines([*engines.values()], folder, 64)
+        print(json.dumps(result["gate"]), flush=True)
         wanted = not options.tiny and (BASE.name in engines or BASE.name not in [arm.name for arm in arms])
         result["rows"] = [{"part": part, "contender": name, "fault": fault} for name, fault in faults.items()]
         write(result)
@@ -209,28 +211,48 @@ def run_part(part: str, folder: str, options: argparse.Namespace, write: Callabl
             engine.close()
 
 
-def main() -> None:
+def asked_of(part: str, options: argparse.Namespace) -> list[str]:
+    """The contenders of a part that are to run."""
+    names = [arm.name for arm in PARTS[part][0]]
+    return [name for name in names if name in options.arms.split(";")] if options.arms else names
+
+
+def beside(kept: dict[str, Any], part: str, arms: list[str], tiny: bool, done: dict[str, Any]) -> dict[str, Any]:
+    """What was kept with what has been done of a part: only rows of the same contenders go, and what the gate said of them."""
+    name = f"{part}, the base that ships" if tiny else part
+    before = kept["gate"].get(name, {})
+    gate = kept["gate"] | {name: {kind: before.get(kind, {}) | own for kind, own in done["gate"].items()} or before}
+    if tiny:
+        return kept | {"gate": gate}
+    others = [row for row in kept["rows"] if row["part"] != part or row["contender"] not in arms]
+    return kept | {"gate": gate, "rows": others + done["rows"], "profiles": kept["profiles"] | done["profiles"]}
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--parts", default="main")
     parser.add_argument("--arms", default="", help="of the part, by name, separated by ;")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--shortest", type=int, default=640, help="tokens of each sequence that a row takes the time of, at least"
-    )
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--shortest", type=int, default=SHORTEST, help="tokens of each sequence that a row takes the time of")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "weft-decode-base")
     parser.add_argument("--tiny", action="store_true", help="the gate alone, on the base that ships")
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--keep", action="store_true", help="what other parts and contenders have in the result")
     parser.add_argument("--no-profile", dest="profile", action="store_false")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
     device = torch.device("cpu" if options.smoke else "cuda")
     gate: dict[str, Any] = dict(check_kernels(device))
     gpu = "" if options.smoke else torch.cuda.get_device_name().removeprefix("NVIDIA ")
     output = (
         options.output or (Path(tempfile.mkdtemp()) if options.smoke else RESULTS) / f"decode-{gpu.lower() or 'smoke'}.json"
     )
+    kept = json.loads(output.read_text()) if options.keep and output.exists() else {"rows": [], "profiles": {}, "gate": {}}
     result: dict[str, Any] = {
         "benchmark": "decode",
         "form": "smoke" if options.smoke else "full",
@@ -240,16 +262,12 @@ def main() -> None:
         "hardware": hardware() | ({"gpu": f"NVIDIA {gpu}", "cuda": torch.version.cuda} if gpu else {}),
         "versions": versions(("torch", "triton", "vllm")),
         "settings": {part: {arm.name: arm.settings | arm.environment for arm in PARTS[part][0]} for part in PARTS},
-        "gate": gate,
-        "rows": [],
-        "profiles": {},
+        "gate": kept["gate"] | gate,
+        "rows": kept["rows"],
+        "profiles": kept["profiles"],
         "notes": NOTES,
     }
     options.logs.mkdir(parents=True, exist_ok=True)
-    kept = json.loads(output.read_text()) if options.keep and output.exists() else {"rows": [], "profiles": {}, "gate": {}}
-    result["gate"] = kept["gate"] | result["gate"]
-    result["profiles"] = kept["profiles"]
-    result["rows"] = kept["rows"]
     if not options.smoke:
         from forced import base_folder
 
@@ -257,13 +275,10 @@ def main() -> None:
 
         folder = tiny_path() if options.tiny else base_folder(options.folder)
         for part in options.parts.split(","):
-            others = [row for row in result["rows"] if row["part"] != part]
+            before = dict(result)
 
-            def write(done: dict[str, Any], part: str = part, others: list[dict[str, Any]] = others) -> None:
-                result["gate"][f"{part}, the base that ships" if options.tiny else part] = done["gate"]
-                if not options.tiny:
-                    result["rows"] = others + done["rows"]
-                    result["profiles"] |= done["profiles"]
+            def write(done: dict[str, Any], part: str = part, before: dict[str, Any] = before) -> None:
+                result.update(beside(before, part, asked_of(part, options), options.tiny, done))
                 write_result(output, result)
 
             run_part(part, folder, options, write)

@@ -6,19 +6,25 @@ T tokens, S slots, R rank, I in, O out.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from decode_engine import Engine, Load, random_slab
-from torch import Tensor
 
 from weft.kernels.lora_decode import Work, add_lora
 
 KERNEL_BOUND = 1e-2  # relative error, norm against norm, of one linear in bf16
 NEAR_TIE = 0.15  # of two log-probabilities, where two engines in bf16 part: what is nearer than that is a tie between tokens
+LIKELIEST = 20  # tokens whose log-probabilities are told where two engines part: vLLM's most
 SEEN = 2  # times the largest difference with the adapters is the largest without them, at least
-TRAINER_BOUND = 0.02  # mean absolute difference of sampled tokens' log-probabilities
+TRAINER_BOUND = 0.02  # mean absolute difference of sampled tokens' log-probabilities, over all adapters
+# Where bf16 alone makes more than that: times what vLLM's own kernels differ by, in the mean. On a random base of 36 layers
+# ours had 0.0368, theirs 0.0351 and 0.0335; of one adapter's 64 tokens 0.0477 and 0.0384, which is why means are judged.
+NO_WORSE = 1.25
 
 
 def check_kernels(device: torch.device) -> dict[str, float]:
@@ -51,9 +57,63 @@ def check_kernels(device: torch.device) -> dict[str, float]:
     return {"kernel_relative_error": right, "planted_skipped_group_seen_as": skipped, "planted_scale_seen_as": scaled}
 
 
+@dataclass(frozen=True)
+class Apart:
+    """How far an engine's sampled log-probabilities are from the trainer's: means over each adapter's tokens, and those of the
+    trainer without the adapter."""
+
+    adapters: tuple[float, ...]
+    bare: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.adapters) / len(self.adapters)
+
+    def told(self) -> dict[str, float]:
+        found = {
+            "mean_difference": self.mean,
+            "worst_adapter": max(self.adapters),
+            "without_adapter": sum(self.bare) / len(self.bare),
+        }
+        return {name: round(value, 5) for name, value in found.items()}
+
+
+def pairs_of(engines: Sequence[Engine]) -> list[tuple[Engine, Engine | None]]:
+    """Each engine with our kernels beside the one with vLLM's own and adapters of the same ranks; the nearest slots."""
+    theirs = [one for one in engines if one.arm.slots and not one.arm.ours]
+
+    def beside(own: Engine) -> Engine | None:
+        same = [one for one in theirs if one.arm.ranks == own.arm.ranks]
+        return min(same, key=lambda one: abs(one.arm.slots - own.arm.slots), default=None)
+
+    return [(own, beside(own)) for own in engines if own.arm.ours]
+
+
+def check_engines(engines: Sequence[Engine], folder: str, generated: int, device: str = "cuda") -> dict[str, Any]:
+    """Every engine with our kernels against the trainer, and greedy against its rival. Returns what was found of both sides."""
+    pairs = pairs_of(engines)
+    with_adapters = list(dict.fromkeys(one for pair in pairs for one in pair if one is not None))
+    apart = against_trainer(with_adapters, folder, generated, device) if pairs else {}
+    found: dict[str, Any] = {"against_the_trainer": {name: one.told() for name, one in apart.items()}, "greedy": {}}
+    print(json.dumps(found["against_the_trainer"]), flush=True)
+    for ours, theirs in pairs:
+        judge(ours.arm.name, apart[ours.arm.name], apart[theirs.arm.name] if theirs else None)
+        if theirs:
+            adapters = min(8, ours.arm.slots, theirs.arm.slots)
+            found["greedy"][f"{ours.arm.name} / {theirs.arm.name}"] = check_greedy(ours, theirs, adapters, generated)
+    return found
+
+
+def judge(name: str, ours: Apart, theirs: Apart | None) -> None:
+    """Within the bound in the mean, or no worse than vLLM's own kernels; and without the adapters the difference is seen."""
+    bound = max(TRAINER_BOUND, NO_WORSE * theirs.mean if theirs else 0.0)
+    said = f"{name} and the trainer: {ours.adapters}; without adapter {ours.bare}; vLLM's own {theirs and theirs.adapters}"
+    assert ours.mean <= bound and max(ours.bare) > SEEN * max(ours.adapters), said
+
+
 def check_greedy(ours: Engine, theirs: Engine, adapters: int, generated: int) -> dict[str, float]:
     """The same greedy tokens, up to where two of them are as good as one another."""
-    load = Load(tuple(n % adapters for n in range(2 * adapters)), generated, seed=-1, temperature=0.0, logprobs=4)
+    load = Load(tuple(n % adapters for n in range(2 * adapters)), generated, seed=-1, temperature=0.0, logprobs=LIKELIEST)
     one, two = ours.ask("run", load), theirs.ask("run", load)
     same, gaps = 0, [0.0]
     for mine, other, mine_p, other_p in zip(one["tokens"], two["tokens"], one["logprobs"], two["logprobs"], strict=True):
@@ -62,43 +122,39 @@ def check_greedy(ours: Engine, theirs: Engine, adapters: int, generated: int) ->
             same += 1
             continue
         for seen in (mine_p[parted], other_p[parted]):
-            gaps.append(abs(seen.get(mine[parted], -99.0) - seen.get(other[parted], -99.0)))
+            least = min(seen.values())  # of those that are told; what is not among them is less likely still
+            gaps.append(abs(seen.get(mine[parted], least) - seen.get(other[parted], least)))
     assert max(gaps) < NEAR_TIE, f"{ours.arm.name} and {theirs.arm.name} part at tokens that are {max(gaps):.3f} apart"
     return {"greedy_sequences": len(one["tokens"]), "the_same": same, "widest_gap_where_they_part": round(max(gaps), 4)}
 
 
-def check_trainer(engine: Engine, folder: str, adapters: int, generated: int, device: str = "cuda") -> dict[str, float]:
-    """Sampled tokens' log-probabilities against those of the trainer's decoder with the same adapter; without it, the
-    difference must be seen."""
+def against_trainer(engines: Sequence[Engine], folder: str, generated: int, device: str) -> dict[str, Apart]:
+    """Sampled tokens' log-probabilities against those of the trainer's decoder with the same adapter: the same prompts, seeds
+    and adapters for every engine, of which each is judged on the tokens that it drew itself."""
     from weft.actors.lora import LoraBatch, SlabLayout, linear_shapes
     from weft.actors.model import load_model
     from weft.kernels.logprob import token_logprobs
 
-    load = Load(tuple(range(adapters)), generated, seed=-2)
-    sampled = engine.ask("run", load)
     decoder = load_model(folder, torch.bfloat16, device)
     shapes = linear_shapes(json.loads((Path(folder) / "config.json").read_text()))
-    apart, bare = [], []
-    for n in range(adapters):
-        layout = SlabLayout.build(shapes, tuple(shapes), engine.arm.ranks[n % len(engine.arm.ranks)])
-        prompt, tokens = sampled["prompts"][n], sampled["tokens"][n]
-        ids = torch.tensor([*prompt, *tokens], device=device)
-        pairs = layout.views(random_slab(layout.numel, n + 1, device))
-        lora = LoraBatch.build([0, len(ids) - 1], [1.0], [pairs])
-        theirs = torch.tensor([position[token] for position, token in zip(sampled["logprobs"][n], tokens, strict=True)])
-        for batch, differences in ((lora, apart), (None, bare)):
-            with torch.no_grad():
-                hidden = decoder(ids[:-1], [0, len(ids) - 1], batch)[len(prompt) - 1 :]
-                found, _ = token_logprobs(hidden, decoder.head, ids[len(prompt) :], torch.ones(len(tokens), device=device))
-            differences.append(_mean_difference(found.cpu(), theirs))
+    found = {}
+    for engine in engines:
+        sampled = engine.ask("run", Load(tuple(range(min(8, engine.arm.slots))), generated, seed=-2))
+        apart, bare = [], []
+        for n, (prompt, tokens, told) in enumerate(
+            zip(*(sampled[key] for key in ("prompts", "tokens", "logprobs")), strict=True)
+        ):
+            layout = SlabLayout.build(shapes, tuple(shapes), engine.arm.ranks[n % len(engine.arm.ranks)])
+            ids = torch.tensor([*prompt, *tokens], device=device)
+            lora = LoraBatch.build([0, len(ids) - 1], [1.0], [layout.views(random_slab(layout.numel, n + 1, device))])
+            theirs = torch.tensor([position[token] for position, token in zip(told, tokens, strict=True)])
+            for batch, differences in ((lora, apart), (None, bare)):
+                with torch.no_grad():
+                    hidden = decoder(ids[:-1], [0, len(ids) - 1], batch)[len(prompt) - 1 :]
+                    own, _ = token_logprobs(hidden, decoder.head, ids[len(prompt) :], torch.ones(len(tokens), device=device))
+                differences.append(float((own.cpu() - theirs).abs().mean()))
+        found[engine.arm.name] = Apart(tuple(apart), tuple(bare))
     del decoder
     if device == "cuda":
         torch.cuda.empty_cache()
-    said = f"{engine.arm.name} and the trainer: {apart}; without adapter {bare}"
-    assert max(apart) < TRAINER_BOUND and max(bare) > SEEN * max(apart), said
-    means = {"mean_difference_of_log_probabilities": sum(apart) / adapters, "without_adapter": sum(bare) / adapters}
-    return {name: round(value, 5) for name, value in means.items()} | {"worst_adapter": round(max(apart), 5)}
-
-
-def _mean_difference(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).abs().mean())
+    return found

@@ -66,7 +66,7 @@ class Load:
     logprobs: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class Engine:
     """The parent's end. Starts at once; `ready` waits."""
 
