@@ -1,10 +1,11 @@
 """`kill -9` of the relay, and of one of two samplers in the middle of a broadcast, under a run of the demo's adapters.
 
     python benchmarks/kills.py                   on this CPU; the result goes to the output folder
-    python benchmarks/kills.py cluster=h200x2 cluster.gpus_per_sampler=0.6 cluster.gpus_per_trainer=0.4 \
-        cluster.sync.backend=gloo cluster.sampler.gpu_memory_utilization=0.2 every.num_steps=120
-                                                 two GPUs with a sampler each, the trainer beside one of them
-                                                 -> benchmarks/results/kills-h200x2.json
+    python benchmarks/kills.py cluster=h200x2    three GPUs -> benchmarks/results/kills-h200x2.json
+
+Two GPUs do where samplers share theirs, and weights then go through the host (gloo): one sampler on each, for two that start on
+one card take each other's memory for their own, and the trainer beside one of them: cluster=h200x2 cluster.gpus_per_sampler=0.6
+cluster.gpus_per_trainer=0.4 cluster.sync.backend=gloo cluster.sampler.gpu_memory_utilization=0.2
 
 The engine of one sampler is stopped, which holds the next broadcast up in the middle; once an adapter has waited for it for
 HOLD_S, sampler and engine are killed.
@@ -141,6 +142,7 @@ def kill_sampler(run: Run) -> dict[str, Any]:
     began = time.time()
     for engine in engines:
         engine.suspend()
+    time.sleep(HOLD_S)
     while not (held := held_up(run.events("PhaseChanged"), lived)) and time.time() < began + HOLD_DEADLINE_S:
         time.sleep(0.02)
     killed = time.time()
