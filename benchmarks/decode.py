@@ -3,6 +3,7 @@
     python benchmarks/decode.py                  one GPU, Qwen3-4B shape, r = 32  -> benchmarks/results/decode-<GPU>.json
     python benchmarks/decode.py --parts ranks    r = 8, 16, 64, mixed; `many`: 256 slots; --keep what is there already
     python benchmarks/decode.py --smoke          the kernels' gate on this CPU, and a result of its form
+    python benchmarks/decode.py --redraw RESULT  its notes, and the plot beside it
 
 Every contender is an engine in a process of its own (decode_engine.py); all of a part start together and stay; the rounds go
 A B C A B C. A row is N adapters mixed over a batch: prompts of 128 random tokens, `generated` tokens each, log-probabilities
@@ -241,11 +242,24 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--keep", action="store_true", help="what other parts and contenders have in the result")
     parser.add_argument("--no-profile", dest="profile", action="store_false")
+    parser.add_argument("--redraw", type=Path, help="notes and plot alone, of a result that is there")
     return parser.parse_args()
+
+
+def redraw(path: Path) -> None:
+    """Its notes as they are now, and the plot beside it."""
+    from decode_plot import plot  # matplotlib is not where the card is
+
+    result = json.loads(path.read_text()) | {"notes": NOTES}
+    write_result(path, result)
+    plot(result, path.with_suffix(".png"))
 
 
 def main() -> None:
     options = arguments()
+    if options.redraw:
+        redraw(options.redraw)
+        return
     device = torch.device("cpu" if options.smoke else "cuda")
     gate: dict[str, Any] = dict(check_kernels(device))
     gpu = "" if options.smoke else torch.cuda.get_device_name().removeprefix("NVIDIA ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -23,6 +24,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import decode  # noqa: E402
 import decode_check  # noqa: E402
+import decode_plot  # noqa: E402
 from decode_check import Apart, check_greedy, judge, pairs_of  # noqa: E402
 from decode_engine import CAPTURED, Arm, Load  # noqa: E402
 
@@ -184,6 +186,18 @@ def test_a_uniform_mix_gives_each_adapter_its_share_and_a_zipf_draw_does_not() -
     assert set(even.values()) == {4} and len(even) == 64
     skewed = Counter(decode.Row(64, 256, (), zipf=True).load(0).adapters)
     assert skewed[0] > 4 * skewed[30] and sum(skewed.values()) == 256
+
+
+def test_the_picture_has_each_row_beside_its_own_rivals(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "benchmarks" / "results" / "decode-h200.json", tmp_path / "decode.json")
+    decode.redraw(tmp_path / "decode.json")
+    assert (tmp_path / "decode.png").stat().st_size > 10_000
+    groups = decode_plot.cases(json.loads((tmp_path / "decode.json").read_text())["rows"])
+    assert groups
+    for beside in groups.values():
+        ours, theirs, base = (beside[name] for name in ("ours", "vLLM's own kernels", "without LoRA"))
+        assert round(theirs["median_s"] / ours["median_s"], 2) == ours["ratio_to_vllm"]
+        assert round(base["median_s"] / ours["median_s"], 3) == ours["retention"]
 
 
 def test_the_small_form_writes_a_result_of_the_form_of_the_full_one(tmp_path: Path) -> None:
