@@ -658,11 +658,10 @@ def test_adding_an_adapter_twice_changes_nothing_and_says_how_many_prompts_there
     bench.run(law())
 
 
-@pytest.mark.parametrize("known_first", [True, False])
-def test_a_version_is_offered_when_the_trainers_canary_has_come_and_is_the_engines_own(
-    bench: Bench, known_first: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    score, scored = bench.sampler._engine.score, threading.Event()
+@pytest.fixture
+def scored(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Set when the engine has scored a canary."""
+    score, scored = bench.sampler._engine.score, asyncio.Event()
 
     async def scoring(tokens: Any, version: Any) -> float:
         found = await score(tokens, version)
@@ -670,7 +669,13 @@ def test_a_version_is_offered_when_the_trainers_canary_has_come_and_is_the_engin
         return found
 
     monkeypatch.setattr(bench.sampler._engine, "score", scoring)
+    return scored
 
+
+@pytest.mark.parametrize("known_first", [True, False])
+def test_a_version_is_offered_when_the_trainers_canary_has_come_and_is_the_engines_own(
+    bench: Bench, known_first: bool, scored: asyncio.Event
+) -> None:
     async def law() -> None:
         ref = AdapterRef(await bench.add(), 0, 1)
         for wrong in (True, False):
@@ -683,7 +688,7 @@ def test_a_version_is_offered_when_the_trainers_canary_has_come_and_is_the_engin
             async with asyncio.TaskGroup() as tasks:
                 installing = tasks.create_task(refusal(bench.sampler.handle(Install(ref))))
                 if not known_first:
-                    await asyncio.to_thread(scored.wait, 20)
+                    await scored.wait()
                     scored.clear()
                     await asyncio.sleep(0)
                     assert not bench.sampler._leases.holds(ref) and not installing.done()
@@ -696,17 +701,8 @@ def test_a_version_is_offered_when_the_trainers_canary_has_come_and_is_the_engin
 
 @pytest.mark.parametrize("scored_first", [True, False])
 def test_an_install_whose_relay_died_before_the_canary_ends_with_that_of_the_next_relay(
-    bench: Bench, scored_first: bool, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, scored_first: bool, scored: asyncio.Event
 ) -> None:
-    score, scored = bench.sampler._engine.score, asyncio.Event()
-
-    async def scoring(tokens: Any, version: Any) -> float:
-        found = await score(tokens, version)
-        scored.set()
-        return found
-
-    monkeypatch.setattr(bench.sampler._engine, "score", scoring)
-
     async def law() -> None:
         ref = AdapterRef(await bench.add(), 0, 1)
         handle = bench.reference.slab(ref)
@@ -741,6 +737,22 @@ def test_a_version_that_is_not_audited_is_offered_when_its_bytes_are_proven_and_
         await bench.publish(quiet[0])
         assert next(prompts) == before + 1, "no request came in between"
         bench.check(await bench.rollout(newer))
+
+    bench.run(law())
+
+
+def test_an_audit_waits_for_no_rollouts_end(bench: Bench) -> None:
+    async def law() -> None:
+        ref = await bench.adapter(sampling=SamplingConfig(max_tokens=100, top_k=1))
+        newer = dataclasses.replace(ref, version=2)
+        requests = bench.sampler._engine._llm.output_processor.request_states
+        async with asyncio.TaskGroup() as tasks:
+            sampling = tasks.create_task(bench.rollout(ref, group_size=bench.sampler._config.max_num_seqs))
+            while len(requests) < bench.sampler._config.max_num_seqs:
+                assert not sampling.done()
+                await asyncio.sleep(0.001)
+            await bench.publish(bench.reference.slab(newer))
+            assert not sampling.done() and len(requests) == bench.sampler._config.max_num_seqs, "all of them sample on"
 
     bench.run(law())
 
