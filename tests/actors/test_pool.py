@@ -157,7 +157,6 @@ class Trainer:
                 self.versions.pop(message.name, None)
                 return messages.Done()
 
-
     def _slab(self, ref: AdapterRef) -> messages.SlabHandle:
         return messages.SlabHandle(ref, 0, "float32", 1, 1.0, (), None, 0.0, path=self.world.slab(ref))
 
@@ -292,6 +291,13 @@ class World:
     async def kill(self, name: str) -> None:
         await self.now(name).kill()
 
+    async def replace(self, *names: str) -> None:
+        """Kill these; returns when each has a successor."""
+        lives = {name: len(self.processes[name]) for name in names}
+        for name in names:
+            await self.kill(name)
+        await self.until(lambda: all(len(self.processes[name]) > before for name, before in lives.items()))
+
     async def until(self, rule: Callable[[], bool]) -> None:
         while not rule():  # noqa: ASYNC110  the pools tell nobody of a restart but those who wait for one
             await asyncio.sleep(0)
@@ -323,6 +329,11 @@ class Pools:
         assert await self.samplers.add(config, 0) == 7
         await self.sync.publish(ref, None)
         return ref
+
+    async def ahead(self) -> tuple[AdapterRef, AdapterRef]:
+        """A new adapter whose trainer is a version ahead: what is published, and what is not yet."""
+        ref = await self.add("a")
+        return ref, await self.step(ref)
 
     def having(self, ref: AdapterRef) -> set[int]:
         """Samplers that have this version."""
@@ -493,8 +504,7 @@ def test_a_trainers_death_is_told_to_every_adapter_it_held_until_each_is_made_ag
     async def law() -> None:
         async with running() as (pools, world):
             refs = [await pools.add(name) for name in ("a", "b")]
-            await world.kill("trainer-0")
-            await world.until(lambda: len(world.processes["trainer-0"]) == 2)
+            await world.replace("trainer-0")
             await pools.trainers.wait_ready()
             for call in (
                 lambda: pools.trainers.step([batch(refs[0])]),
@@ -570,8 +580,7 @@ def test_a_slab_that_came_with_its_step_is_asked_for_no_more_but_once_it_has_bee
 def test_a_publish_survives_the_death_of_a_sampler_that_it_waits_for() -> None:
     async def law() -> None:
         async with running() as (pools, world):
-            ref = await pools.add("a")
-            newer = await pools.step(ref)
+            ref, newer = await pools.ahead()
             world.now("relay").actor.hold.clear()
             world.distributing.clear()
             async with asyncio.TaskGroup() as tasks:
@@ -599,8 +608,7 @@ def test_an_adapter_is_audited_first_on_each_samplers_process_and_in_each_lineag
             assert [asked.ref.version for asked in world.asked] == [0, AUDIT_EVERY, 2 * AUDIT_EVERY]
             for fresh in (True, False):
                 if fresh:
-                    await world.kill("sampler-1")
-                    await world.until(lambda: len(world.processes["sampler-1"]) == 2)
+                    await world.replace("sampler-1")
                     await pools.samplers.wait_ready()
                 newer = await pools.step(ref)
                 await pools.sync.publish(newer, ref)
@@ -619,8 +627,7 @@ def test_a_version_that_is_published_once_more_since_it_failed_is_audited(monkey
 
     async def law() -> None:
         async with running() as (pools, world):
-            ref = await pools.add("a")
-            newer = await pools.step(ref)
+            ref, newer = await pools.ahead()
             asked = len(world.asked)
             world.uninstallable.add("a")
             async with asyncio.TaskGroup() as tasks:
@@ -636,8 +643,7 @@ def test_a_version_that_is_published_once_more_since_it_failed_is_audited(monkey
 def test_a_canary_that_the_trainer_cannot_give_is_a_fault_of_the_install() -> None:
     async def law() -> None:
         async with running() as (pools, world):
-            ref = await pools.add("a")
-            newer = await pools.step(ref)
+            ref, newer = await pools.ahead()
             pools.sync.audit_every, world.no_canary = 1, "no memory for a forward"
             with pytest.raises(InstallError, match="a/0/1: its trainer gives no canary: .*no memory for a forward"):
                 await pools.sync.publish(newer, ref)
@@ -649,8 +655,7 @@ def test_a_canary_that_the_trainer_cannot_give_is_a_fault_of_the_install() -> No
 def test_a_trainer_that_dies_between_weights_and_canary_ends_the_publish_and_nobody_has_that_version() -> None:
     async def law() -> None:
         async with running() as (pools, world):
-            ref = await pools.add("a")
-            newer = await pools.step(ref)
+            ref, newer = await pools.ahead()
             pools.sync.audit_every = 1
             world.unanswered.add(("trainer", messages.AskCanary))
             world.distributing.clear()
@@ -667,11 +672,8 @@ def test_a_trainer_that_dies_between_weights_and_canary_ends_the_publish_and_nob
 def test_relay_and_sampler_dead_while_the_trainer_is_a_version_ahead_rollouts_wait_for_the_next_publish() -> None:
     async def law() -> None:
         async with running() as (pools, world):
-            ref = await pools.add("a")
-            newer = await pools.step(ref)  # not published yet
-            for name in ("relay", "sampler-0", "sampler-1"):
-                await world.kill(name)
-            await world.until(lambda: all(len(world.processes[name]) == 2 for name in ("relay", "sampler-0", "sampler-1")))
+            ref, newer = await pools.ahead()  # not published yet
+            await world.replace("relay", "sampler-0", "sampler-1")
             await pools.samplers.wait_ready()
             async with asyncio.TaskGroup() as tasks:
                 rollout = tasks.create_task(pools.samplers.rollout(ref, 0, 1))
@@ -690,8 +692,7 @@ def test_a_version_that_a_new_relay_cannot_distribute_is_tried_again_and_no_roll
         async with running() as (pools, world):
             refs = [await pools.add(name) for name in ("a", "b")]
             world.uninstallable.add("a")
-            await world.kill("relay")
-            await world.until(lambda: len(world.processes["relay"]) == 2)
+            await world.replace("relay")
             await pools.sync.wait_ready()
             assert list(world.now("relay").actor.newest) == ["b"]
             assert (await pools.samplers.rollout(refs[0], 0, 1)).ref == refs[0]  # the samplers that live have it
@@ -716,12 +717,10 @@ def test_a_slab_that_a_trainer_cannot_write_for_a_new_relay_holds_up_no_rollout_
         async with running() as (pools, world):
             ref = await pools.add("a")
             world.full = True
-            await world.kill("relay")
-            await world.until(lambda: len(world.processes["relay"]) == 2)
+            await world.replace("relay")
             await pools.sync.wait_ready()
             assert (await pools.samplers.rollout(ref, 0, 1)).ref == ref  # every sampler has it
-            await world.kill("relay")
-            await world.until(lambda: len(world.processes["relay"]) == 3)
+            await world.replace("relay")
             world.full = False
             await pools.sync.wait_ready()
             assert list(world.now("relay").actor.newest) == ["a"]
@@ -756,8 +755,7 @@ def test_no_slab_outlives_its_publish_though_relays_die_that_were_to_take_it(tmp
     async def law() -> None:
         async with running() as (pools, world):
             world.slabs = tmp_path
-            ref = await pools.add("a")
-            newer = await pools.step(ref)
+            ref, newer = await pools.ahead()
             world.now("relay").actor.hold.clear()
             world.distributing.clear()
             async with asyncio.TaskGroup() as tasks:
@@ -815,16 +813,14 @@ def test_an_adapter_dropped_while_a_new_relay_is_prepared_is_not_given_to_it() -
 def test_a_publish_overtaken_by_a_new_relay_waits_until_that_knows_the_samplers() -> None:
     async def law() -> None:
         async with running() as (pools, world):
-            ref = await pools.add("a")
-            newer = await pools.step(ref)
+            ref, newer = await pools.ahead()
             world.may_publish.clear()
             world.publishing.clear()
             async with asyncio.TaskGroup() as tasks:
                 publishing = tasks.create_task(pools.sync.publish(newer, ref))
                 await world.publishing.wait()
                 world.may_join.clear()
-                await world.kill("relay")
-                await world.until(lambda: len(world.processes["relay"]) == 2)
+                await world.replace("relay")
                 world.may_publish.set()
                 await asyncio.sleep(0.05)
                 assert not publishing.done()
@@ -931,8 +927,7 @@ def test_an_adapters_own_fault_passes_through_and_touches_no_other() -> None:
                 await pools.samplers.add(AdapterConfig("b"), 0)
             await pools.add("c")
             world.broken.add("a")  # it raises from now on: a fresh sampler comes up without it, for all the others
-            await world.kill("sampler-0")
-            await world.until(lambda: len(world.processes["sampler-0"]) == 2)
+            await world.replace("sampler-0")
             await pools.samplers.wait_ready()
             assert world.now("sampler-0").actor.told == ["c"]
 
@@ -977,8 +972,7 @@ def test_an_adapter_that_a_fresh_sampler_is_not_told_of_in_time_fails_there_and_
         async with running(DEADLINE_S) as (pools, world):
             refs = [await pools.add(name) for name in ("a", "b")]
             world.slow.add("a")
-            await world.kill("sampler-0")
-            await world.until(lambda: len(world.processes["sampler-0"]) == 2)
+            await world.replace("sampler-0")
             await pools.samplers.wait_ready()
             assert len(world.processes["sampler-0"]) == 2
             assert world.now("sampler-0").actor.told == ["b"]
@@ -1039,8 +1033,7 @@ def test_a_dropped_adapter_is_forgotten_by_all_three_pools() -> None:
             assert world.now("sampler-0").actor.told == ["b"]
             assert list(world.now("relay").actor.newest) == ["b"]
             assert list(world.now("trainer-0").actor.versions) == ["b"]
-            await world.kill("sampler-0")
-            await world.until(lambda: len(world.processes["sampler-0"]) == 2)
+            await world.replace("sampler-0")
             await pools.samplers.wait_ready()
             assert world.now("sampler-0").actor.told == ["b"]
 
@@ -1179,8 +1172,7 @@ def test_a_death_ends_the_requests_of_a_connection_that_looks_whole() -> None:
 def test_a_sampler_that_comes_while_a_version_is_on_its_way_serves_that_one_or_none() -> None:
     async def law() -> None:
         async with running() as (pools, world):
-            ref = await pools.add("a")
-            newer = await pools.step(ref)
+            ref, newer = await pools.ahead()
             world.may_start.clear()
             await world.kill("sampler-0")
             await world.until(lambda: 0 not in world.now("relay").actor.endpoints)
