@@ -6,7 +6,8 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from measured import CANARIES, GAPS_FILE, NOTES_FILE
 
 from weft.actors import wiring
+from weft.actors.sync_pool import ParamSyncPool
 from weft.configs.schema import AdapterConfig, Config
 from weft.transport.errors import InstallError
 from weft.transport.messages import UNSAMPLED, AdapterRef, Save, TrainBatch
@@ -133,6 +135,15 @@ def _audits(syncs: Sequence[Mapping[str, float]], apart: Sequence[float]) -> dic
     }
 
 
+@contextmanager
+def _every_version_audited(sync: ParamSyncPool) -> Iterator[None]:
+    usual, sync.audit_every = sync.audit_every, 1
+    try:
+        yield
+    finally:
+        sync.audit_every = usual
+
+
 async def drift(bench: Bench, steps: int) -> dict[str, Any]:
     """Syncs of one adapter whose steps are large, and the canary of each. In place of the last adapter. Ends at the first that
     is refused, which is published once more: the same difference again is no fault of the way. That it comes at once says
@@ -144,18 +155,19 @@ async def drift(bench: Bench, steps: int) -> dict[str, Any]:
     await bench.drop(last.name)
     await bench.add(adapter)
     await bench.notes()
-    bench.running.sync.audit_every = 1
     series, refused = list[list[float | None]](), list[str]()
-    while len(series) < steps and not refused:
-        await bench.step([adapter])
-        for _ in range(2):
-            try:
-                await bench.publish(adapter)
-            except InstallError as error:
-                refused.append(str(error).split("\n")[0])
-            passed = (await bench.notes())[1][str(bench.ref(adapter))]
-            series.append([bench.versions[DRIFT], *(round(passed[name], 5) if name in passed else None for name in CANARIES)])
-            if not refused:
-                break
+    with _every_version_audited(bench.running.sync):
+        while len(series) < steps and not refused:
+            await bench.step([adapter])
+            for _ in range(2):
+                try:
+                    await bench.publish(adapter)
+                except InstallError as error:
+                    refused.append(str(error).split("\n")[0])
+                passed = (await bench.notes())[1][str(bench.ref(adapter))]
+                found = [round(passed[name], 5) if name in passed else None for name in CANARIES]
+                series.append([bench.versions[DRIFT], *found])
+                if not refused:
+                    break
     await bench.drop(DRIFT)
     return {"learning_rate": DRIFT_RATE, "columns": ["version", *CANARIES], "series": series, "refused": refused}

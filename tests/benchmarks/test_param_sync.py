@@ -53,6 +53,7 @@ class Pools:
 
     def __init__(self) -> None:
         self.present: set[str] = set()
+        self.audit_every = 8
         self.samplers = self.trainers = self.sync = self
 
     async def add(self, config: AdapterConfig, lineage: int) -> None:
@@ -73,6 +74,7 @@ def bench_that_refuses(sync_bench, version: int):
         async def publish(self, adapter):
             ref = self.ref(adapter)
             apart = 7.0 if ref.version == version else 0.25
+            assert self.running.sync.audit_every == (1 if ref.version else 8)
             self.hops[str(ref)] = {"canary_trainer": -300.0, "canary_sampler": -300.0 - apart, "canary_base": -290.0}
             if ref.version == version:
                 raise InstallError(f"{ref} is refused\nsecond line")
@@ -93,6 +95,7 @@ def test_a_version_that_is_refused_is_published_once_more_and_then_the_drift_end
     assert [row[2] for row in told["series"]] == [-300.25, -300.25, -307.0, -307.0]
     assert told["refused"] == [f"{AdapterRef('drift', 0, 3)} is refused"] * 2
     assert bench.running.present == set(), "the adapter that made way, and the one that drifted"
+    assert bench.running.sync.audit_every == 8, "what follows is measured as it runs"
 
 
 def test_a_drift_that_nothing_refuses_has_a_row_a_step(sync_bench):
