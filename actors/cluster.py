@@ -29,11 +29,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from weft.actors import process_tree
+from weft.actors import heap, process_tree
 from weft.actors.preflight import gpu_message
 from weft.configs.build import SettingError
 from weft.configs.schema import ClusterConfig
 from weft.transport.channel import Server
+from weft.transport.environment import variables
 from weft.transport.errors import PeerDiedError, StartError
 
 HOST = "127.0.0.1"
@@ -74,6 +75,7 @@ class _Host:
 
     async def start(self) -> tuple[str, int]:
         await self._actor.start()
+        heap.freeze()
         return await self._server.start(f"tcp://{HOST}:0"), os.getpid()
 
     async def run(self) -> None:
@@ -265,7 +267,7 @@ class Cluster:
 
     def _init_ray(self) -> None:
         # A terminal that closes tells this process's group, which Ray's servers are in: they live until this one ends them.
-        with _variables(RAY_ENVIRONMENT), _blocked(signal.SIGHUP):
+        with variables(RAY_ENVIRONMENT), _blocked(signal.SIGHUP):
             import ray
 
             context = ray.init(
@@ -355,21 +357,6 @@ class RayMetrics:
         self._shown.pop((name, tags), None)
         self._shown[name, tags] = value, time.monotonic()
         self._metrics[name].set(value, tags=dict(tags))
-
-
-@contextlib.contextmanager
-def _variables(values: Mapping[str, str]) -> Iterator[None]:
-    """Ray reads its settings from the environment when it is imported and when it starts its processes."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def _free_port() -> int:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from weft.actors import heap
 from weft.actors.affinity import Affinity, engine_places
 from weft.actors.member import Connect, Member, Process
 from weft.actors.preflight import max_lora_rank, model_folder
@@ -49,6 +50,7 @@ class RunningPools:
         """Returns when every process of every pool takes requests."""
         for pool in (self.trainers, self.sync, self.samplers):
             await pool.wait_ready()
+        heap.freeze()
 
 
 @asynccontextmanager

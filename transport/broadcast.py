@@ -12,12 +12,11 @@ no default process group, and leave the one that vLLM has in the same process al
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -26,6 +25,7 @@ import torch
 import torch.distributed
 
 from weft.transport import rendezvous
+from weft.transport.environment import variables
 from weft.transport.errors import DeadlineError, PeerDiedError, RendezvousError, WeftError
 
 _Work = Callable[[torch.Tensor], Any]  # begins it in the process group
@@ -209,7 +209,7 @@ class BroadcastGroup:
         if self._backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = _NEVER  # the deadline is ours
-            with _environment(_NCCL_ENVIRONMENT):
+            with variables(_NCCL_ENVIRONMENT):
                 return dist.ProcessGroupNCCL(prefix, self._rank, self._world_size, options)
         options = dist.ProcessGroupGloo._Options()
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=_route(self._host, self._port))]
@@ -241,18 +241,3 @@ def _route(host: str, port: int) -> str:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, port))
         return str(probe.getsockname()[0])
-
-
-@contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """torch reads these when a group is made, and takes them from nowhere else."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

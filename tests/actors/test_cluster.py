@@ -23,7 +23,7 @@ from weft.transport.errors import PeerDiedError, StartError
 from weft.transport.messages import Done, DropAdapter, GetStatistics, SamplerStatistics
 
 ACTOR = '''
-import asyncio, os, subprocess, sys
+import asyncio, gc, os, subprocess, sys
 from weft.transport.messages import Done, SamplerStatistics
 
 class Trivial:
@@ -48,7 +48,9 @@ class Trivial:
             return Done()
         if type(message).__name__ == "AddAdapter":
             await asyncio.Event().wait()
-        return SamplerStatistics(os.getpid(), self.child.pid, (os.environ["OMP_NUM_THREADS"], os.getcwd()), 0, 0, 0, 0.0)
+        collected = "collected" if any(one is Trivial for one in gc.get_objects()) else "frozen"
+        seen = os.environ["OMP_NUM_THREADS"], os.getcwd(), collected
+        return SamplerStatistics(os.getpid(), self.child.pid, seen, 0, 0, 0, 0.0)
 '''
 
 
@@ -70,7 +72,7 @@ async def restarts_after_kill(cluster: Cluster) -> None:
         await member.wait_ready()
         first: SamplerStatistics = await member.request(GetStatistics())
         assert first.pid == member.pid
-        assert first.live_versions == ("3", os.getcwd())
+        assert first.live_versions == ("3", os.getcwd(), "frozen"), "no collection goes through what was there at the start"
         os.kill(first.pid, signal.SIGKILL)
         with pytest.raises(PeerDiedError):
             while True:
