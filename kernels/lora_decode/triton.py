@@ -52,6 +52,7 @@ LIMITS = ((64, FEW), (512, SOME))
 WIDE = 4096  # inputs of a linear whose chunks are longer, lest expand have too many sums to add up
 NARROW_RANK = 32  # of which the settings are; what is wider has as much less of the other side
 MOST_CHUNKS = 40
+MOST_ROWS = 256  # of A in a program of shrink: three parts of rank 128 spill registers, and take 108 KB where an A10 has 99
 AHEAD = tl.constexpr(32768)  # bytes that a program of expand has brought to the cache before its turn: all of them must fit
 
 
@@ -89,7 +90,7 @@ def shrink(x: Tensor, a: Sequence[Tensor], table: Tensor, max_tokens: int, own: 
     parts, height = len(a), HEIGHTS[own.height]
     chunk = max(own.chunk, triton.cdiv(triton.cdiv(width, MOST_CHUNKS), own.depth) * own.depth)
     chunks = triton.cdiv(width, chunk)
-    together = parts if own.together else 1
+    together = parts if own.together and parts * rank <= MOST_ROWS else 1
     sums = torch.empty(chunks, tokens, parts * rank, dtype=torch.float32, device=x.device)
     programs = most_tiles(height, tokens, slots) * (parts // together) * chunks
     _shrink[(min(own.shrink_programs, programs),)](

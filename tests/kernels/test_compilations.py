@@ -5,6 +5,7 @@ Triton makes the keys of its compilations itself, for a Hopper GPU; what it woul
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +13,15 @@ import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from weft.actors.warm_up import needed_forms
 from weft.kernels.logprob import triton as logprob
 from weft.kernels.lora import mlp
 from weft.kernels.lora import triton as lora
 from weft.kernels.lora.tables import CHUNK, SlabGroup, build_tables
+from weft.kernels.lora_decode import Work
+from weft.kernels.lora_decode import triton as lora_decode
 from weft.kernels.optim import triton as optim
 from weft.kernels.optim.reference import SlabStep
 
@@ -107,3 +111,26 @@ def test_log_probabilities_and_the_optimizer_compile_once_whatever_their_sizes(c
     for _ in range(20):
         work(draw.randint(1, 300), draw.choices((1000, 5000, 64000, optim.SPAN, 7 * optim.SPAN, 16 * optim.SPAN), k=3))
     assert compiled == once
+
+
+@pytest.mark.parametrize("rank", [32, 128])
+def test_the_widest_linears_of_a_sampler_fit_the_shared_memory_of_the_smallest_gpus(
+    monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """An A10, L4 or RTX 4090 has 99 KB of it for a program; vLLM runs there, and loads our kernels."""
+    target, used = GPUTarget("cuda", 86, 32), dict[str, int]()
+
+    def compile_only(fn: Any, compile: dict[str, Any], **_: object) -> bool:
+        source = ASTSource(fn.jit_function, compile["signature"], compile["constants"], compile["configs"][0])
+        options = {name: compile[name] for name in ("num_warps", "num_stages")}
+        used[fn.jit_function.__name__] = triton.compile(source, target=target, options=options).metadata.shared
+        return True
+
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", compile_only)
+    monkeypatch.setattr(triton.runtime.driver, "_active", Hopper())
+    tokens, inputs, widths = 8192, 2560, (4096, 1024, 1024)
+    x, y = (torch.empty(tokens, width, dtype=torch.bfloat16) for width in (inputs, sum(widths)))
+    a = [torch.empty(1, 1, rank, inputs, dtype=torch.bfloat16) for _ in widths]
+    b = [torch.empty(1, 1, width, rank, dtype=torch.bfloat16) for width in widths]
+    lora_decode.add_lora(y, x, a, b, Work(tokens, 1, torch.device("cpu")).table, tokens, 1.0, True)
+    assert len(used) == 2 and max(used.values()) <= 99 << 10, used

@@ -106,7 +106,7 @@ def test_without_adding_the_rows_of_adapters_are_theirs_alone(form: str) -> None
 @pytest.mark.parametrize(("widest", "ranks"), [(8, (8, 1, 3, 8)), (32, (32, 8, 32, 16)), (128, (128, 1, 64, 40))])
 def test_the_settings_of_every_size_and_rank(tokens: int, widest: int, ranks: tuple[int, ...]) -> None:
     mix = (np.arange(tokens) * 7 % (SLOTS + 1) - 1).tolist()
-    problem = Problem(mix, (24, 16), 304, ranks, widest)
+    problem = Problem(mix, (24, 16, 8), 304, ranks, widest)
     assert error(problem.found(), problem.wanted()) < BOUND
 
 
