@@ -37,24 +37,32 @@ def register() -> None:
         return
     version = _version()
     if not version.startswith(SUPPORTED):
-        if not getattr(register, "said", False):
-            register.said = True  # type: ignore[attr-defined]
-            logger.warning("weft's LoRA kernels support vLLM %sx, not %s: its own run", ", ".join(SUPPORTED), version)
+        _say_once(f"weft's LoRA kernels support vLLM {', '.join(SUPPORTED)}x, not {version}: its own run")
         return
-    from vllm.config.lora import LoRAConfig
-    from vllm.lora.layers import column_parallel_linear
-    from vllm.lora.model_manager import LoRAModelManager
+    try:
+        from vllm.config.lora import LoRAConfig
+        from vllm.lora.layers import column_parallel_linear
+        from vllm.lora.model_manager import LoRAModelManager
 
-    install(type(current_platform), LoRAModelManager, LoRAConfig, column_parallel_linear)
+        install(type(current_platform), LoRAModelManager, LoRAConfig, column_parallel_linear)
+    except (ImportError, AttributeError) as error:  # what this raises would end a vLLM that may not even use LoRA
+        _say_once(f"weft's LoRA kernels do not know this vLLM {version}: its own run: {error}")
+
+
+def _say_once(what: str) -> None:
+    if not getattr(register, "said", False):
+        register.said = True  # type: ignore[attr-defined]
+        logger.warning("%s", what)
 
 
 def install(platform: Any, manager: Any, config: Any, layers: Any) -> None:
-    """Replace the four, once. platform, manager, config: vLLM's classes; layers: its module of column-parallel layers."""
+    """Replace the four, once. platform, manager, config: vLLM's classes; layers: its module of column-parallel layers.
+
+    Raises AttributeError, and has replaced none, where one of them is not there.
+    """
     name = "weft.actors.punica.DecodeLora"
     if getattr(platform, "weft_installed", False):
         return
-    platform.weft_installed = True
-    platform.get_punica_wrapper = classmethod(lambda cls: name)
     set_theirs, hash_theirs = manager.set_adapter_mapping, config.compute_hash
     apply_theirs, base = layers._mcp_apply, layers.BaseLinearLayerWithLoRA
 
@@ -74,6 +82,8 @@ def install(platform: Any, manager: Any, config: Any, layers: Any) -> None:
             return apply_theirs(x, bias, layer)
         return base.apply(layer, x, bias)
 
+    platform.weft_installed = True
+    platform.get_punica_wrapper = classmethod(lambda cls: name)
     manager.set_adapter_mapping = set_adapter_mapping
     layers._mcp_apply = mcp_apply
     config.compute_hash = lambda self: f"{hash_theirs(self)}-weft"

@@ -93,6 +93,20 @@ def test_another_version_is_left_alone_and_that_is_said_once(
     assert [version in record.message for record in caplog.records] == [True]
 
 
+@pytest.mark.parametrize("missing", [(LoRAModelManager, "set_adapter_mapping"), (column_parallel_linear, "_mcp_apply")])
+def test_a_vllm_that_lacks_what_would_be_replaced_keeps_all_its_own_and_starts(
+    gpu: type[Gpu], missing: tuple[Any, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(vllm_plugin, "_version", lambda: "0.24.9")
+    before = LoRAConfig(max_lora_rank=8, max_loras=1).compute_hash()
+    monkeypatch.delattr(*missing)
+    with caplog.at_level(logging.WARNING, "vllm.plugins.weft"):
+        for _ in range(3):
+            vllm_plugin.register()
+    assert gpu.get_punica_wrapper() == "theirs" and LoRAConfig(max_lora_rank=8, max_loras=1).compute_hash() == before
+    assert [missing[1] in record.message for record in caplog.records] == [True]
+
+
 @pytest.mark.parametrize("setting", ["0", "1", None])
 def test_it_runs_unless_the_variable_turns_it_off(gpu: type[Gpu], setting: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_plugin, "_version", lambda: "0.24.0")
