@@ -1,4 +1,4 @@
-"""Python's garbage collector in a process that others wait for."""
+"""Python's garbage collector in a process that others wait for: each of ours, and the driver as long as it has pools."""
 
 from __future__ import annotations
 
@@ -13,3 +13,8 @@ def freeze() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def thaw() -> None:
+    """Everything is looked through again: what is no longer needed of a run that has ended would stay, where it has cycles."""
+    gc.unfreeze()

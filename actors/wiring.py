@@ -99,6 +99,7 @@ async def open_pools(
         try:
             yield RunningPools(sampler_pool, trainer_pool, sync_pool)
         finally:
+            heap.thaw()  # the process may live on, and open others
             for task in kept:
                 task.cancel()
 
