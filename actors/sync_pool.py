@@ -2,9 +2,10 @@
 
     publish   trainer's step, or Publish ──slab──> relay Distribute ──> every sampler that is to serve the adapter has its bytes
               ──> trainer AskCanary ──> they have found its canary right ──> Withdraw where it is served no more
-    audit     what AskCanary begins: of an adapter's first version on a sampler's process, then of each eighth, and of one that
-              has failed. That the bytes in the engine's slot are the trainer's is proven of every version, by checksums; that
-              the engine computes with them as the trainer does costs a forward of both, which the others' tokens wait for
+    audit     what AskCanary begins: of the first version that is published to a sampler's process, then of each eighth, and of
+              one that has failed; what `serve` brings is as it is, and the next one is audited there. That the bytes in the
+              engine's slot are the trainer's is proven of every version, by checksums; that the engine computes with them as
+              the trainer does costs a forward of both, which the others' tokens wait for
     serve     a sampler that is to serve an adapter from now on gets the newest version, which the relay keeps
     a death   of a sampler: no sync waits for it. Of the relay: the new one is told every sampler, and the trainers hand over
               every installed version again
