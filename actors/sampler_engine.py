@@ -25,8 +25,8 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM can be told; ev
 # prompt log-probabilities (the canary) then kills the engine: its head applies one adapter a request, not one a token.
 LORA_MODULES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 BLOCK_SIZE_CPU = 32  # tokens of a cache block: vLLM's own 128 shares no prefix of a short prompt
-# Beyond the rollouts that run at once: an audit, for which a new version waits, waits for no rollout's end, unless the group that
-# was let in last takes them too (schedule.FairShare).
+# Beyond the rollouts that run at once: an audit, for which a new version waits, waits for no rollout's end, unless the group
+# that was let in last takes them too (schedule.FairShare).
 SPARE_SEQUENCES = 8
 STEP_TOKENS_CPU = 2048  # prompt tokens of one step: what waits for it is every other rollout's next token
 _GIB = 1 << 30
