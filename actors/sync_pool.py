@@ -37,9 +37,9 @@ PAUSE_S = 0.25  # before the second attempt, and longer before each one after it
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Joined:
-    """A sampler's process that takes part in syncs."""
+    """A sampler's process that takes part in syncs; the next one may have its endpoint."""
 
     member: Member
     endpoint: str

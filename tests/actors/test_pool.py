@@ -622,6 +622,21 @@ def test_an_adapter_is_audited_first_on_each_samplers_process_and_in_each_lineag
     asyncio.run(law())
 
 
+def test_a_process_that_listens_where_the_one_before_it_did_is_audited_anew() -> None:
+    """A port that was given back may be given again."""
+
+    async def law() -> None:
+        async with running() as (pools, world):
+            ref, newer = await pools.ahead()
+            sampler = max(pools.having(ref))
+            await pools.sync.leave(sampler)
+            await pools.sync.join(sampler, pools.sampler_members[sampler])
+            await pools.sync.publish(newer, ref)
+            assert world.asked[-1].ref == newer
+
+    asyncio.run(law())
+
+
 def test_a_version_that_is_published_once_more_since_it_failed_is_audited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("weft.actors.sync_pool.PAUSE_S", 0.01)
 
