@@ -225,8 +225,9 @@ class ParamSyncPool:
                 with _taken_or_removed(handle):
                     if not self._is_current(ref):
                         return
+                    proven = replace(handle, audited=False)  # who has it found it right, and keeps it
                     try:
-                        await self._distribute(handle, [s for s, held in self._held[ref.name].items() if held == ref], None)
+                        await self._distribute(proven, [s for s, held in self._held[ref.name].items() if held == ref], None)
                     except WeftError as error:
                         if not member.alive:
                             raise
@@ -241,7 +242,7 @@ class ParamSyncPool:
         """Nothing: the slabs that it held are with the trainers."""
 
     async def _distribute(
-        self, handle: SlabHandle, samplers: Collection[int], supersedes: AdapterRef | None, closely: bool = True
+        self, handle: SlabHandle, samplers: Collection[int], supersedes: AdapterRef | None, closely: bool = False
     ) -> Distributed:
         """closely: a canary that differs is judged by its noise, too, which costs the trainer some forwards."""
         done: Distributed

@@ -622,6 +622,19 @@ def test_an_adapter_is_audited_first_on_each_samplers_process_and_in_each_lineag
     asyncio.run(law())
 
 
+def test_a_new_relay_is_given_every_version_without_another_audit() -> None:
+    async def law() -> None:
+        async with running() as (pools, world):
+            refs = [await pools.add(name) for name in ("a", "b")]
+            asked = list(world.asked)
+            await world.replace("relay")
+            await pools.sync.wait_ready()
+            assert {handle.ref for handle in world.now("relay").actor.newest.values()} == set(refs)
+            assert world.asked == asked
+
+    asyncio.run(law())
+
+
 def test_a_process_that_listens_where_the_one_before_it_did_is_audited_anew() -> None:
     """A port that was given back may be given again."""
 
