@@ -33,7 +33,6 @@ def preflight(config: Config) -> None:
     check_ranks(config)
     check_gpus(config.cluster)
     check_vllm(config)
-    check_port(config.cluster)
     folder = check_model(config)
     use_working_directory()
     tokenizer = _tokenizer(config.model, folder)
@@ -41,6 +40,7 @@ def preflight(config: Config) -> None:
     for adapter in config.adapters:
         check_lora(adapter, folder)
         check_environment(adapter, tokenizer, config.cluster.sampler.max_model_len, loaded)
+    check_port(config.cluster)  # at last: while another run is up it would hide every other mistake
 
 
 def model_folder(model: ModelConfig) -> str:

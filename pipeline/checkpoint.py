@@ -166,7 +166,7 @@ def check_resume(run_dir: str, config: AdapterConfig) -> None:
     for path, saved, value in _differences(before, plain(config), f"adapters.{config.name}"):
         if path == f"adapters.{config.name}.num_steps" and isinstance(saved, int) and value >= saved:
             continue
-        rule = f"{saved!r}, as in the run that {run_dir} holds (run.fresh=true starts anew)"
+        rule = f"{saved!r}, as in the run that {run_dir} holds (run.fresh=true starts anew there, run.dir=NEW elsewhere)"
         raise ValueError(f"{path}={value!r}: must be {rule}")
 
 
