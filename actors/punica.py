@@ -62,6 +62,7 @@ class DecodeLora(PunicaWrapperGPU):  # type: ignore[misc]
         self.weft_idle = torch.tensor([True])
         self.weft_ranks: dict[int, int] = {}  # by adapter id; of those that are not here, the widest is taken
         self.weft_alone: bool | None = None
+        self.weft_refused = False  # by the GPU
 
     def weft_meet(self, modules: dict[str, Any], ranks: dict[int, int]) -> None:
         """Learn the engine's layers, once, and the ranks of the adapters of the next batch."""
@@ -73,8 +74,12 @@ class DecodeLora(PunicaWrapperGPU):  # type: ignore[misc]
                 logger.warning("weft's LoRA kernels leave to vLLM's own: %s", reason)
             ours = [module for module in modules.values() if not _why_not(module)]
             kinds = {tuple(one.shape for one in (*each.lora_a_stacked, *each.lora_b_stacked)): each for each in ours}
-            for module in kinds.values():
-                warm_up(module.lora_a_stacked, module.lora_b_stacked, self.weft_tokens)
+            try:
+                for module in kinds.values():
+                    warm_up(module.lora_a_stacked, module.lora_b_stacked, self.weft_tokens)
+            except Exception as error:  # noqa: BLE001 whatever this GPU refuses, vLLM starts without us, and says so
+                self.weft_alone, self.weft_refused = False, True
+                logger.warning("weft's LoRA kernels leave all to vLLM's own, since this GPU does not take them: %s", error)
 
     def update_metadata(
         self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs: Any
@@ -101,7 +106,8 @@ class DecodeLora(PunicaWrapperGPU):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         """y [T, O] += scale * B A x, each token with its own adapter. Stacked: [slots, 1, R, I], [slots, 1, O_s, R]."""
-        if misfit(lora_a_stacked, lora_b_stacked) or kwargs or x.dtype != lora_a_stacked[0].dtype:
+        theirs = self.weft_refused or misfit(lora_a_stacked, lora_b_stacked)
+        if theirs or kwargs or x.dtype != lora_a_stacked[0].dtype:
             super().add_lora_linear(
                 y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, buffer=buffer, add_inputs=add_inputs, **kwargs
             )

@@ -173,6 +173,28 @@ def test_what_the_kernels_do_not_take_runs_on_vllms_own_and_is_said_once(
     assert calls == ["linear"] and not y.any()
 
 
+def test_a_gpu_that_does_not_take_the_kernels_runs_vllms_own_and_it_is_said_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(theirs.PunicaWrapperGPU, "add_lora_linear", lambda self, *rest, **named: calls.append("linear"))
+
+    def refused(*arguments: Any) -> None:
+        raise RuntimeError("out of shared memory")
+
+    monkeypatch.setattr("weft.actors.punica.warm_up", refused)
+    made, (a, b) = wrapper(), stacks()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            made.weft_meet({"qkv": module(a, b)}, RANKS)
+    assert [record.message.rpartition(": ")[2] for record in caplog.records] == ["out of shared memory"]
+    mapped(made, [11, 0])
+    assert made.token_mapping_meta.num_tokens_per_lora[:2].tolist() == [1, 1]  # what vLLM's own kernels read is there
+    y = torch.zeros(2, sum(WIDTHS)).bfloat16()
+    made.add_lora_linear(y, torch.randn(2, INPUT).bfloat16(), a, b, 1.0, WIDTHS)
+    assert calls == ["linear"] and not y.any()
+
+
 def test_an_adapter_whose_rank_nobody_told_has_the_widest() -> None:
     made, (a, b) = wrapper(), stacks()
     made.weft_meet({"qkv": module(a, b)}, {})
