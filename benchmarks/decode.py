@@ -156,11 +156,13 @@ def shape(part: str, turns: list[tuple[Engine, Row]], took: list[list[float]]) -
 
 
 def profiles(engines: dict[str, Engine]) -> dict[str, Any]:
-    """One decode step at batch 64 with 8 adapters and with 64: of 16 steps more, a sixteenth."""
+    """One decode step at batches 64 and 256 with 8 adapters and with 64: of 16 steps more, a sixteenth."""
     found: dict[str, Any] = {}
-    for adapters, names in ((8, (BASE.name, FEW, OURS)), (64, (MOST, OURS))):
+    for batch, adapters, names in (
+        (64, 8, (BASE.name, FEW, OURS)), (64, 64, (MOST, OURS)), (256, 8, (BASE.name, FEW, OURS)), (256, 64, (OURS,)),
+    ):  # fmt: skip
         for name in [one for one in names if one in engines]:
-            load = Row(adapters, 64, ()).load(5)
+            load = Row(adapters, batch, ()).load(5)
             short, long = (
                 engines[name].ask("profile", Load(load.adapters, count, load.prompt, load.seed)) for count in (2, 18)
             )
@@ -169,7 +171,7 @@ def profiles(engines: dict[str, Engine]) -> dict[str, Any]:
                 for kind, own in long.items()
             }
             step["all"] = {key: round(sum(own[key] for own in step.values()), 2) for key in ("launches", "microseconds")}
-            found[f"{name}, {adapters if name != BASE.name else 0} adapters, batch 64"] = step
+            found[f"{name}, {adapters if name != BASE.name else 0} adapters, batch {batch}"] = step
     return found
 
 
