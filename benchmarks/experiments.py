@@ -194,10 +194,13 @@ async def run_both(
     tell: Callable[[Policy], None] = lambda policy: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, Policy]:
-    """Warm the pools up, then run one policy after the other on them. tell: is called with each that has ended."""
+    """Warm the pools up with all the experiments, or the first policy would pay for what every one needs once; then run one
+    policy after the other. tell: is called with each that has ended."""
     warm = Policy("warm-up")
-    first = dataclasses.replace(config.adapters[0], name=warm.name, num_steps=WARM_UP_STEPS, eval_prompts=0)
-    await run_policy(config, pools, warm, [[first]], clock)
+    all_of_them = [
+        dataclasses.replace(warm.rename(adapter), num_steps=WARM_UP_STEPS, eval_prompts=0) for adapter in config.adapters
+    ]
+    await run_policy(config, pools, warm, [all_of_them], clock)
     step_tokens = max(tokens for event in warm.events if isinstance(event, LaunchEnded) for tokens in event.tokens.values())
     done = {name: Policy(name) for name in names}
     for policy in done.values():
