@@ -133,6 +133,10 @@ def test_greedy_engines_may_part_where_two_tokens_are_as_good_and_nowhere_else()
     for likely in ({9: -0.5, 6: -1.1}, {9: -0.5, 3: -0.9}):  # told as less likely; not told at all
         with pytest.raises(AssertionError, match="part at tokens"):
             check_greedy(Greedy("weft", [5, 9, 1], {1: likely}), theirs, 2, 3)  # type: ignore[arg-type]
+    noisy = Greedy("weft", [5, 9, 1], {1: {9: -1.0, 6: -1.2}})
+    assert check_greedy(noisy, theirs, 2, 3, noise=0.03)["widest_gap_where_they_part"] == 0.2  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match="part at tokens"):
+        check_greedy(noisy, theirs, 2, 3, noise=0.02)  # type: ignore[arg-type]
 
 
 class Sampled(Engine):
