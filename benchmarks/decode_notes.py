@@ -13,8 +13,8 @@ NOTES: list[str] = [
     "Missed at batch 256: 1.33x vLLM's own with 8 adapters (1.4x were wanted), 2.49x with 64 (2.5x: 3.610 s where 3.600 were "
     "needed, a tie). The base alone was 1.34x vLLM's own with 8 adapters in this run: 1.4x could not be had there by "
     "adapters that cost nothing.",
-    "Retention at batch 256 is of a base alone that was slow: 20,669 tokens a second, p10 to p90 2.89 to 3.26 s, where an "
-    "earlier card of the kind had 24,444 and the run before this one 21,978. Of the fastest ours keep 0.84 and 0.74. A step "
+    "Retention at batch 256 is of a base alone that was slow: 20,669 tokens a second, p10 to p90 2.89 to 3.26 s, where "
+    "24,444 had been seen once (no row of it is here) and the run before this one had 21,978. Of the fastest ours keep 0.84 and 0.74. A step "
     "of the base has 9.0 ms of kernels there and takes 10 to 11 ms: what it waits for is the host, of which ours ask no more. "
     "vLLM's own kernels were as fast in every run (15,385 to 15,600; 7,204 to 7,282), and at batch 64 the bases are alike "
     "(12,243 to 12,352).",
