@@ -14,10 +14,10 @@ NOTES: list[str] = [
     "needed, a tie). The base alone was 1.34x vLLM's own with 8 adapters in this run: 1.4x could not be had there by "
     "adapters that cost nothing.",
     "Retention at batch 256 is of a base alone that was slow: 20,669 tokens a second, p10 to p90 2.89 to 3.26 s, where "
-    "24,444 had been seen once (no row of it is here) and the run before this one had 21,978. Of the fastest ours keep 0.84 and 0.74. A step "
-    "of the base has 9.0 ms of kernels there and takes 10 to 11 ms: what it waits for is the host, of which ours ask no more. "
-    "vLLM's own kernels were as fast in every run (15,385 to 15,600; 7,204 to 7,282), and at batch 64 the bases are alike "
-    "(12,243 to 12,352).",
+    "24,444 had been seen once (no row of it is here) and the run before this one had 21,978. Of the fastest ours keep 0.84 "
+    "and 0.74. A step of the base has 9.0 ms of kernels there and takes 10 to 11 ms: what it waits for is the host, of which "
+    "ours ask no more. vLLM's own kernels were as fast in every run (15,385 to 15,600; 7,204 to 7,282), and at batch 64 the "
+    "bases are alike (12,243 to 12,352).",
     "What limits: at batch 64 a step's 144 linears with 8 adapters take 36 us a layer more than the base product, of which "
     "the adapters' bytes explain 7; with 64 adapters 96, of which bytes are 55 (differences of the 256-token rows). The "
     "rest are two launches a linear with dependent loads: 4.5 to 8.4 us a linear with next to nothing to read "

@@ -25,7 +25,7 @@ import torch
 import torch.distributed
 
 from weft.transport import rendezvous
-from weft.transport.environment import variables
+from weft.transport.variables import variables
 from weft.transport.errors import DeadlineError, PeerDiedError, RendezvousError, WeftError
 
 _Work = Callable[[torch.Tensor], Any]  # begins it in the process group
