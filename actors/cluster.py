@@ -34,8 +34,8 @@ from weft.actors.preflight import gpu_message
 from weft.configs.build import SettingError
 from weft.configs.schema import ClusterConfig
 from weft.transport.channel import Server
-from weft.transport.variables import variables
 from weft.transport.errors import PeerDiedError, StartError
+from weft.transport.variables import variables
 
 HOST = "127.0.0.1"
 RAY_ENVIRONMENT = {

@@ -25,8 +25,8 @@ import torch
 import torch.distributed
 
 from weft.transport import rendezvous
-from weft.transport.variables import variables
 from weft.transport.errors import DeadlineError, PeerDiedError, RendezvousError, WeftError
+from weft.transport.variables import variables
 
 _Work = Callable[[torch.Tensor], Any]  # begins it in the process group
 # of what, until when, how it went, and the stream of the caller, if any
