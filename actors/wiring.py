@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from weft.actors import heap
 from weft.actors.affinity import Affinity, engine_places
-from weft.actors.member import Connect, Member, Process
+from weft.actors.member import Connect, Member, Process, together
 from weft.actors.preflight import max_lora_rank, model_folder
 from weft.actors.sampler_pool import SamplerPool
 from weft.actors.sync_pool import ParamSyncPool
@@ -45,9 +45,16 @@ class RunningPools:
     samplers: SamplerPool
     trainers: TrainerPool
     sync: ParamSyncPool
+    members: Sequence[Member] = ()  # of them all
 
-    async def wait_ready(self) -> None:
-        """Returns when every process of every pool takes requests."""
+    async def wait_ready(self, tell: Callable[[str], None] = lambda name: None) -> None:
+        """Returns when every process of every pool takes requests. tell: is called with the name of each that does."""
+
+        async def tell_of(member: Member) -> None:
+            await member.wait_ready()
+            tell(member.name)
+
+        await together(*(tell_of(member) for member in self.members))
         for pool in (self.trainers, self.sync, self.samplers):
             await pool.wait_ready()
         heap.freeze()
@@ -97,7 +104,7 @@ async def open_pools(
             for member in members
         ]
         try:
-            yield RunningPools(sampler_pool, trainer_pool, sync_pool)
+            yield RunningPools(sampler_pool, trainer_pool, sync_pool, [*trainers, relay, *samplers])
         finally:
             heap.thaw()  # the process may live on, and open others
             for task in kept:

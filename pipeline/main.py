@@ -25,7 +25,6 @@ import yaml
 from rich.console import Console
 
 from weft.actors.preflight import check_output, preflight, writing
-from weft.actors.wiring import RunningPools, open_pools
 from weft.configs.build import SettingError
 from weft.configs.compose import compose
 from weft.configs.expand import expand, to_mapping
@@ -39,15 +38,15 @@ from weft.pipeline.interfaces import Pools
 from weft.pipeline.members import Counting, Members
 from weft.pipeline.metrics import Metrics
 from weft.pipeline.recovery import KEEP
-from weft.pipeline.report import write_report
 from weft.pipeline.run import Pipeline, leaves
 from weft.pipeline.summary import print_closing, summarize, write_summary
 from weft.pipeline.table import make_table
 from weft.pipeline.trace import TRACE_FILE, Trace
 from weft.transport.errors import CheckpointError, WeftError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what takes seconds to import waits until the settings have been found right
     from weft.actors.cluster import RayMetrics
+    from weft.actors.wiring import RunningPools
 
 FINISHED, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)  # which weft cannot help
@@ -224,6 +223,7 @@ def _train(config: Config, console: Console) -> PipelineStatistics:
 async def _session(config: Config, console: Console) -> PipelineStatistics:
     """Start the cluster and its pools, run the pipeline on them, end them."""
     from weft.actors.cluster import Cluster, RayMetrics
+    from weft.actors.wiring import open_pools
 
     task = asyncio.current_task()
     assert task is not None
@@ -233,12 +233,17 @@ async def _session(config: Config, console: Console) -> PipelineStatistics:
     sizes = config.cluster
     named = f"{sizes.samplers} sampler(s), {sizes.trainers} trainer(s), 1 parameter sync ({sizes.sync.backend})"
     console.print(f"starting {named}: a minute or two", highlight=False)
+    began = time.monotonic()
+
+    def tell(process: str) -> None:
+        console.print(f"{process} is ready after {time.monotonic() - began:.0f} s", highlight=False)
+
     async with Cluster(sizes, config.run.dir) as cluster:
         loop.add_signal_handler(signal.SIGTERM, task.cancel)  # Ray had put a handler of its own there
         if cluster.dashboard:
             console.print(f"Ray dashboard: {cluster.dashboard}", highlight=False)
         async with open_pools(config, cluster, str(cluster.shared_folder)) as running:
-            await running.wait_ready()
+            await running.wait_ready(tell)
             return await _watch(config, running, cluster.dashboard, RayMetrics(), console)
 
 
@@ -282,6 +287,8 @@ async def _watch(
 
 def _close(config: Config, statistics: PipelineStatistics, wall_seconds: float, console: Console) -> int:
     """Write the summary and the report; the exit status says whether every adapter finished."""
+    from weft.pipeline.report import write_report
+
     folder = Path(config.run.dir)
     history = History.read(folder)
     summary = summarize(statistics, history, wall_seconds, config.cluster)

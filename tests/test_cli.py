@@ -324,3 +324,10 @@ def test_the_installed_command_answers(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "weft: template.lora.rank=0: must be from 1 to 512\n"
     assert json.dumps([path.name for path in tmp_path.iterdir()]) == "[]"
+
+
+def test_a_mistake_is_said_before_what_takes_seconds_to_import_is() -> None:
+    slow = "{'torch', 'ray', 'vllm', 'transformers', 'matplotlib'}"
+    found = f"import sys, weft.pipeline.main; sys.exit(', '.join({slow} & sys.modules.keys()) or 0)"
+    done = subprocess.run([sys.executable, "-c", found], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

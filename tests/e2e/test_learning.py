@@ -145,6 +145,11 @@ def test_the_folder_holds_the_report_the_plots_and_tensorboard(run: Any) -> None
     assert sum(record["name"] == "training" for record in trace) == 3 * STEPS
 
 
+def test_every_process_says_when_it_is_ready(run: Any) -> None:
+    said = [line.partition(" is ready after ")[0] for line in run.output().splitlines() if " is ready after " in line]
+    assert sorted(said) == ["param-sync", "sampler-0", "trainer-0"]
+
+
 def test_the_same_command_again_says_that_it_has_finished(run: Any, weft: Any, adapters: str) -> None:
     before = (run.folder / "summary.json").read_bytes()
     again = weft(run.folder, adapters, "adapters=three", "cluster.dashboard_port=0")

@@ -65,6 +65,16 @@ def test_all_adapters_finish_in_order_whatever_dies(simulation, memory_folder, b
             assert adapter.max_staleness_seen <= config.max_staleness
 
 
+def test_whose_rewards_never_differ_is_warned_of_once_and_no_other(simulation, memory_folder):
+    """Nor one whose rewards come to differ in time."""
+    late = iter([1.0] * (2 * 4) + [0.0, 1.0] * 100)  # two steps of four rollouts
+    rewards = {"same": lambda: 1.0, "late": lambda: next(late), "any": iter(range(10**6)).__next__}
+    configs = [simulation.adapter_config(name, num_steps=8, batch_size=4, group_size=2, max_staleness=0) for name in rewards]
+    world = simulation.World(random.Random(0), reward=lambda name, prompt: float(rewards[name]()))
+    outcome = simulation.simulate(world, memory_folder, configs)
+    assert outcome.statistics.warnings == (f"same: {run_module.BARREN}",)
+
+
 @pytest.mark.parametrize("bound", [1, 2, 3])
 def test_the_staleness_bound_is_reached(simulation, memory_folder, bound):
     config = simulation.adapter_config("a", max_staleness=bound, num_steps=8)
