@@ -70,7 +70,7 @@ class Sampler:
     """Answers the sampler's messages. `fatal` ends with an exception when the engine has died, and the process must follow.
 
     max_lora_rank: of any adapter to come; max_live_versions: places for versions in the engine, over all adapters;
-    tensor_parallel: workers that the model is split over, on a GPU each.
+    tensor_parallel: workers that the model is split over, on a GPU each; largest_group: of rollouts of one prompt.
     """
 
     def __init__(
@@ -83,9 +83,10 @@ class Sampler:
         max_lora_rank: int,
         max_live_versions: int,
         tensor_parallel: int = 1,
+        largest_group: int = 1,
     ) -> None:
         arguments = engine_arguments(
-            model_folder, model_dtype, config, device, max_lora_rank, max_live_versions, tensor_parallel
+            model_folder, model_dtype, config, device, max_lora_rank, max_live_versions, tensor_parallel, largest_group
         )
         self._engine = Engine(arguments, device)
         self._config = config

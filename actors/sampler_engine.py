@@ -25,8 +25,7 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM can be told; ev
 # prompt log-probabilities (the canary) then kills the engine: its head applies one adapter a request, not one a token.
 LORA_MODULES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 BLOCK_SIZE_CPU = 32  # tokens of a cache block: vLLM's own 128 shares no prefix of a short prompt
-# Beyond the rollouts that run at once: an audit, for which a new version waits, waits for no rollout's end, unless the group
-# that was let in last takes them too (schedule.FairShare).
+# Beyond the rollouts that run at once, for audits: a new version waits for them, and they wait for no rollout's end.
 SPARE_SEQUENCES = 8
 STEP_TOKENS_CPU = 2048  # prompt tokens of one step: what waits for it is every other rollout's next token
 _GIB = 1 << 30
@@ -172,8 +171,10 @@ def engine_arguments(
     max_lora_rank: int,
     max_live_versions: int,
     tensor_parallel: int = 1,
+    largest_group: int = 1,
 ) -> dict[str, Any]:
-    """AsyncEngineArgs of both devices. Every live version has a place of its own, so that vLLM never evicts one."""
+    """AsyncEngineArgs of both devices. Every live version has a place of its own, so that vLLM never evicts one. largest_group:
+    of rollouts, of which all but one may run beyond `max_num_seqs` (schedule.FairShare)."""
     fitting = [rank for rank in LORA_RANKS if rank >= max_lora_rank]
     if not fitting:
         raise ValueError(f"max_lora_rank={max_lora_rank}: must be at most {LORA_RANKS[-1]}")
@@ -185,7 +186,7 @@ def engine_arguments(
         "max_cpu_loras": max_live_versions,
         "max_lora_rank": fitting[0],
         "lora_target_modules": list(LORA_MODULES),
-        "max_num_seqs": config.max_num_seqs + SPARE_SEQUENCES,
+        "max_num_seqs": config.max_num_seqs + largest_group - 1 + SPARE_SEQUENCES,
         "max_model_len": config.max_model_len,
         "enable_prefix_caching": True,
         "logprobs_mode": "processed_logprobs",

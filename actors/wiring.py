@@ -134,6 +134,7 @@ def sampler_arguments(config: Config, index: int) -> dict[str, Any]:
         "max_lora_rank": max_lora_rank(config),
         "max_live_versions": version_places(config)[0],
         "tensor_parallel": config.cluster.tensor_parallel,
+        "largest_group": max(adapter.group_size for adapter in config.adapters),
     }
 
 

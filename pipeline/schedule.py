@@ -69,7 +69,7 @@ class FairShare:
     several, the one whose next group was wanted first; within an adapter, first in, first out. When the homes of all that wait
     are full, one that is welcome elsewhere goes there. Work conserving: no place is free while a group waits that is welcome
     there. For that a group starts as soon as one place is free, so rollouts on a sampler may exceed what it runs at once by
-    less than one group: the engine queues these itself, and a large group is never starved by small ones.
+    less than one group: the engine has places for these too, and a large group is never starved by small ones.
     """
 
     def __init__(

@@ -52,6 +52,7 @@ from weft.transport.messages import (
 
 T = TypeVar("T")
 MAX_LENGTH = 256
+GROUP = 16  # of rollouts
 LIVE = 6
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -265,7 +266,7 @@ def bench(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Be
     import weft_test_environments  # type: ignore[import-not-found]
 
     config = SamplerConfig(max_num_seqs=96, max_model_len=MAX_LENGTH, kv_cache_gib=0.25)
-    sampler = Sampler(str(folder), "float32", config, 3, "cpu", max_lora_rank=12, max_live_versions=LIVE)
+    sampler = Sampler(str(folder), "float32", config, 3, "cpu", max_lora_rank=12, max_live_versions=LIVE, largest_group=GROUP)
     with asyncio.Runner() as runner:
         runner.run(sampler.start())
         yield Bench(runner, sampler, Reference(folder), weft_test_environments)
@@ -747,12 +748,13 @@ def test_an_audit_waits_for_no_rollouts_end(bench: Bench) -> None:
         newer = dataclasses.replace(ref, version=2)
         requests = bench.sampler._engine._llm.output_processor.request_states
         async with asyncio.TaskGroup() as tasks:
-            sampling = tasks.create_task(bench.rollout(ref, group_size=bench.sampler._config.max_num_seqs))
-            while len(requests) < bench.sampler._config.max_num_seqs:
+            most = bench.sampler._config.max_num_seqs + GROUP - 1  # the last place taken by the first of a group
+            sampling = tasks.create_task(bench.rollout(ref, group_size=most))
+            while len(requests) < most:
                 assert not sampling.done()
                 await asyncio.sleep(0.001)
             await bench.publish(bench.reference.slab(newer))
-            assert not sampling.done() and len(requests) == bench.sampler._config.max_num_seqs, "all of them sample on"
+            assert not sampling.done() and len(requests) == most, "all of them sample on"
 
     bench.run(law())
 
