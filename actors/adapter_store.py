@@ -3,9 +3,9 @@
 D elements of one adapter. What an adapter must keep is fp32 [3, D]: master weights, first and second moments; and a gradient
 [D] while it holds one. The model's weights are the master, rounded; they exist on the device alone.
 
-    device  <- add(name) makes them here while there is room; hold(names) brings them, and pins them until its block ends
+    device  <- hold(names) brings them here, and pins them until its block ends
       |  the least recently used that nobody holds makes way when there are more than `device_capacity`
-    host       pinned, so that a copy runs at the speed of the bus
+    host       pinned, so that a copy runs at the speed of the bus; of one that never was on the device, its master, as it came
       |  ... more than `host_capacity`
     disk       one safetensors file each
 
@@ -68,7 +68,7 @@ class StoreStatistics:
     bytes_down: int
 
 
-Parked = dict[str, Tensor]  # "state", and "gradient" where there is one
+Parked = dict[str, Tensor]  # "state", and "gradient" where there is one; or "master" alone, of one that never was held
 
 
 class AdapterStore:
@@ -85,34 +85,19 @@ class AdapterStore:
         self._on_disk: dict[str, Path] = {}
         self._pins: dict[str, int] = {}
         self._bytes_up = self._bytes_down = 0
-        self._arriving = 0  # adapters that are being made on the device
-        # One for all who make them: what a dropped one leaves is then the next one's memory, whichever thread makes that.
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._moving = threading.RLock()  # held while adapters change places, never while a block has them
 
     def __contains__(self, name: str) -> bool:
         return name in self._on_device or name in self._on_host or name in self._on_disk
 
     def add(self, name: str, master: Tensor) -> None:
-        """A new adapter, master fp32 [D], moments zero. On the device where there is room: its masters alone cross the bus, and
-        no host memory is pinned for it, which takes as long as a training step and holds up whatever else asks the driver."""
-        with self._moving:
-            room = len(self._on_device) + self._arriving < self.device_capacity
-            self._arriving += room
-        try:
-            made = self._made_there(master) if room else self._made_here(master)
-        finally:
-            with self._moving:
-                self._arriving -= room
+        """A new adapter, master fp32 [D], moments zero. The master alone waits, as it came, until it is first held: to pin host
+        memory for the whole takes longer than a training step, and holds up what else asks the driver."""
+        own = master.clone()
         with self._moving:
             assert name not in self, f"adapter {name!r} is in the store already"
-            if isinstance(made, Slabs):
-                self._on_device[name] = made
-                self._bytes_up += master.nbytes
-                self._trim_device()
-            else:
-                self._on_host[name] = made
-                self._trim_host()
+            self._on_host[name] = {"master": own}
+            self._trim_host()
 
     def drop(self, name: str) -> None:
         """Forget it, wherever it is. It must not be held."""
@@ -152,33 +137,17 @@ class AdapterStore:
         tiers = (len(self._on_device), len(self._on_host), len(self._on_disk))
         return StoreStatistics(*tiers, gradients, self._bytes_up, self._bytes_down)
 
-    def _made_there(self, master: Tensor) -> Slabs:
-        with torch.cuda.stream(self._stream):
-            state = torch.zeros(3, master.numel(), dtype=torch.float32, device=self._device)
-            state[0].copy_(master)
-            return self._slabs(state)
-
-    def _made_here(self, master: Tensor) -> Parked:
-        state = self._host_empty((3, master.numel()))
-        state[0].copy_(master)
-        state[1:].zero_()
-        return {"state": state}
-
-    def _slabs(self, state: Tensor, gradient: Tensor | None = None) -> Slabs:
-        """Complete: this thread's stream rounds the weights, and those that read them wait for none."""
-        weights = state[0] if self._dtype == torch.float32 else state[0].to(self._dtype)
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
-        return Slabs(state, weights, gradient)
-
     def _lift(self, name: str) -> Slabs:
         """To the device, as the most recently used."""
         if name not in self._on_device:
             on_disk = self._on_disk.get(name)
             parked = self._on_host[name] if on_disk is None else load_file(on_disk)
+            state = self._state(parked)
+            weights = state[0] if self._dtype == torch.float32 else state[0].to(self._dtype)
             gradient = parked.get("gradient")
-            there = None if gradient is None else gradient.to(self._device)
-            self._on_device[name] = self._slabs(parked["state"].to(self._device), there)
+            self._on_device[name] = Slabs(state, weights, None if gradient is None else gradient.to(self._device))
+            if self._device.type == "cuda":  # this thread's stream rounds the weights, and those that read them wait for none
+                torch.cuda.current_stream(self._device).synchronize()
             self._bytes_up += _nbytes(parked)
             self._on_host.pop(name, None)
             if on_disk is not None:
@@ -187,6 +156,14 @@ class AdapterStore:
             self._trim_device()
         self._on_device.move_to_end(name)
         return self._on_device[name]
+
+    def _state(self, parked: Parked) -> Tensor:
+        if "state" in parked:
+            return parked["state"].to(self._device)
+        master = parked["master"]
+        state = torch.zeros(3, master.numel(), dtype=torch.float32, device=self._device)
+        state[0].copy_(master)
+        return state
 
     def _trim_device(self) -> None:
         while len(self._on_device) > self.device_capacity:

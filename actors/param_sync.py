@@ -50,7 +50,7 @@ from weft.transport.messages import (
 )
 
 QUIET_S = 0.05  # after which a canary waits for no other slab: somebody's version waits for it
-M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of glibc's malloc.h
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 MMAP_BYTES = 128 << 10
 DEVICE_BYTES = 8 << 30  # of slabs that are kept on a GPU, which is a trainer's; more go to the host, those not sent for longest
 
@@ -82,12 +82,10 @@ class _Taking:
 
 
 def _return_freed_slabs() -> None:
-    """glibc keeps freed blocks of up to 32 MB in its heap once it has seen some; slabs of several sizes leave holes there. And
-    it makes a heap more whenever two threads allocate at once, which a busy machine has happen again and again."""
+    """glibc keeps freed blocks of up to 32 MB in its heap once it has seen some; slabs of several sizes leave holes there."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # not everywhere
         libc.mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
-        libc.mallopt(M_ARENA_MAX, 1)
 
 
 @dataclass

@@ -5,7 +5,7 @@
 
 serial: one adapter at a time, each with both pools to itself; the engine stays warm between them. together: all at once, as
 weft runs them. Samplers, trainer and sync are the same processes in both, and have sampled, trained and synced two steps
-of the first adapter before the clock starts. All experiments are wanted at second 0, so an experiment's time is when it ends:
+of each adapter before the clock starts. All experiments are wanted at second 0, so an experiment's time is when it ends:
 
     First, Mean, Final Experiment Time    the first end, the mean of all ends, the last end
     ratio                                 serial / together: above 1, together is sooner

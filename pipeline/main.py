@@ -44,7 +44,7 @@ from weft.pipeline.table import make_table
 from weft.pipeline.trace import TRACE_FILE, Trace
 from weft.transport.errors import CheckpointError, WeftError
 
-if TYPE_CHECKING:  # what takes seconds to import waits until the settings have been found right
+if TYPE_CHECKING:  # what takes seconds to import waits until the settings have been read
     from weft.actors.cluster import RayMetrics
     from weft.actors.wiring import RunningPools
 

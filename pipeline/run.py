@@ -48,8 +48,8 @@ from weft.transport.messages import Group
 
 BARREN_STEPS = 3
 BARREN = (
-    f"{BARREN_STEPS} steps in a row had nothing to learn from: all rewards that are compared were the same. Its task is too "
-    "hard or too easy for it, or its reward never changes"
+    f"{BARREN_STEPS} steps in a row had no reward to learn from: all that are compared were the same. Its task is too hard "
+    "or too easy for it, or its reward never changes"
 )
 MAX_DEATHS = 5  # of a trainer under one adapter between two steps: more are no accident
 Groups = asyncio.Queue[asyncio.Task[Group | None]]

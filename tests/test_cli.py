@@ -326,7 +326,7 @@ def test_the_installed_command_answers(tmp_path: Path) -> None:
     assert json.dumps([path.name for path in tmp_path.iterdir()]) == "[]"
 
 
-def test_a_mistake_is_said_before_what_takes_seconds_to_import_is() -> None:
+def test_the_command_itself_imports_nothing_that_takes_seconds() -> None:
     slow = "{'torch', 'ray', 'vllm', 'transformers', 'matplotlib'}"
     found = f"import sys, weft.pipeline.main; sys.exit(', '.join({slow} & sys.modules.keys()) or 0)"
     done = subprocess.run([sys.executable, "-c", found], capture_output=True, text=True)

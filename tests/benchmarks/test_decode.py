@@ -137,6 +137,8 @@ def test_greedy_engines_may_part_where_two_tokens_are_as_good_and_nowhere_else()
     assert check_greedy(noisy, theirs, 2, 3, noise=0.03)["widest_gap_where_they_part"] == 0.2  # type: ignore[arg-type]
     with pytest.raises(AssertionError, match="part at tokens"):
         check_greedy(noisy, theirs, 2, 3, noise=0.02)  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match="part at tokens"):  # whatever the noise
+        check_greedy(Greedy("weft", [5, 9, 1], {1: {9: -1.0, 6: -1.4}}), theirs, 2, 3, noise=1.0)  # type: ignore[arg-type]
 
 
 class Sampled(Engine):
