@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar, Union
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ def build(cls: type[T], settings: Mapping[str, Any], path: str = "") -> T:
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in settings:
         if name not in fields:
-            raise SettingError(unknown(str(name), list(fields), path))
+            raise SettingError(unknown(str(name), list(fields), path, leaves(cls)))
     hints = typing.get_type_hints(cls)
     values = {name: convert(value, hints[name], _join(path, name)) for name, value in settings.items()}
     missing = [name for name, field in fields.items() if name not in values and _required(field)]
@@ -40,11 +40,24 @@ def build(cls: type[T], settings: Mapping[str, Any], path: str = "") -> T:
         raise SettingError(f"{path}.{error}" if path else str(error)) from None
 
 
-def unknown(name: str, known: list[str], path: str = "") -> str:
-    """The message for a misspelt name, with the nearest known one."""
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{_join(path, name)}: unknown setting{hint} (known here: {', '.join(sorted(known))})"
+def unknown(name: str, known: list[str], path: str = "", settings: Iterable[str] = ()) -> str:
+    """The message for a misspelt name, with the nearest known one. settings: by their dotted paths, those that may be meant by
+    the last part alone."""
+    meant = [one for one in settings if one.rpartition(".")[2] == name] or difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {meant[0]!r}?" if meant else ""
+    there = f" (known here: {', '.join(sorted(known))})" if known else " (there is none here)"
+    return f"{_join(path, name)}: unknown setting{hint}{there}"
+
+
+def leaves(cls: type, path: str = "") -> Iterator[str]:
+    """The dotted path of every setting of a dataclass and the dataclasses it holds."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        here = f"{path}.{field.name}" if path else field.name
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from leaves(hints[field.name], here)
+        else:
+            yield here
 
 
 def convert(value: Any, hint: Any, path: str) -> Any:

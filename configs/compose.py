@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from weft.configs.build import SettingError, unknown
-from weft.configs.expand import SECTIONS
+from weft.configs.expand import SECTIONS, adapter_settings
 
 GROUPS = ("model", "cluster", "environment", "adapters")
 _KEY = re.compile(r"^(?P<sign>\+\+|\+|~)?(?P<key>[^=\s]+?)(=(?P<value>.*))?$", re.DOTALL)
@@ -100,7 +100,7 @@ def _check_key(override: str, sign: str, key: str, chosen: Mapping[str, Any]) ->
     """A misspelt section or adapter would make a new one, where the user meant another."""
     parts = key.split(".")
     if parts[0] not in SECTIONS:
-        raise SettingError(unknown(parts[0], list(SECTIONS)))
+        raise SettingError(unknown(parts[0], list(SECTIONS), "", adapter_settings()))
     adapters = chosen.get("adapters")
     if parts[0] != "adapters" or len(parts) < 2 or sign in ("+", "++"):
         return

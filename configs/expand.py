@@ -14,7 +14,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from weft.configs.build import SettingError, build, unknown
+from weft.configs.build import SettingError, build, leaves, unknown
 from weft.configs.schema import AdapterConfig, ClusterConfig, Config, ModelConfig, RunConfig
 
 SECTIONS = ("run", "model", "cluster", "environment", "template", "adapters", "every", "sweep")
@@ -31,7 +31,7 @@ def expand(composed: Settings) -> Config:
     """
     for name in composed:
         if name not in SECTIONS:
-            raise SettingError(unknown(str(name), list(SECTIONS)))
+            raise SettingError(unknown(str(name), list(SECTIONS), "", adapter_settings()))
     run = build(RunConfig, _section(composed, "run"), "run")
     model = build(ModelConfig, _section(composed, "model"), "model")
     cluster = build(ClusterConfig, _section(composed, "cluster"), "cluster")
@@ -47,15 +47,9 @@ def to_mapping(config: Any) -> dict[str, Any]:
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
-def leaves(cls: type, path: str = "") -> Iterator[str]:
-    """The dotted path of every setting of a dataclass and the dataclasses it holds."""
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        here = f"{path}.{field.name}" if path else field.name
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from leaves(hints[field.name], here)
-        else:
-            yield here
+def adapter_settings() -> list[str]:
+    """Where the template has each setting of an adapter."""
+    return [f"template.{leaf}" for leaf in leaves(AdapterConfig)]
 
 
 def _adapters(composed: Settings) -> Iterator[tuple[str, Settings]]:

@@ -48,8 +48,8 @@ from weft.transport.messages import Group
 
 BARREN_STEPS = 3
 BARREN = (
-    f"{BARREN_STEPS} steps in a row had no reward to learn from: all that are compared were the same. Its task is too hard "
-    "or too easy for it, or its reward never changes"
+    f"nothing to learn from in its first {BARREN_STEPS} steps: every rollout of a prompt had the same reward. Its task is too "
+    "hard or too easy for it, or its reward never changes"
 )
 MAX_DEATHS = 5  # of a trainer under one adapter between two steps: more are no accident
 Groups = asyncio.Queue[asyncio.Task[Group | None]]
@@ -178,7 +178,7 @@ class Pipeline:
         groups: Groups = asyncio.Queue(gate.places)
         async with asyncio.TaskGroup() as tasks:
             sampling = tasks.create_task(self._sample(adapter, prompts, gate, groups))
-            barren = 0
+            barren = 0  # steps before the first with a reward to learn from
             while adapter.version < config.num_steps:
                 asked = self._enter(adapter, Phase.SAMPLING)
                 ready = await next_batch(adapter, groups)
@@ -194,7 +194,9 @@ class Pipeline:
                 sync_seconds = await self._publish(adapter)
                 gate.release(config.groups_per_step)
                 self._journal.step_taken(adapter, ready, waited, step, sync_seconds)
-                barren = 0 if ready.batch.advantages.any() else barren + 1
+                if ready.batch.advantages.any():
+                    barren = BARREN_STEPS  # what has learnt may have learnt all
+                barren += 1
                 if barren == BARREN_STEPS:
                     self._journal.warn_once(adapter.name, BARREN)
                 if adapter.version % self._settings.checkpoint_every == 0:

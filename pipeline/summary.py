@@ -20,6 +20,8 @@ from weft.pipeline.metrics import finite
 from weft.pipeline.split import account
 
 POOLS = ("sampler", "trainer")
+TOLD = 5  # warnings below the table
+WIDE, OTHERS = 100, 60  # columns of a terminal that has room for all; of a row but for the adapter's name and what it trained
 Summary = dict[str, Any]
 
 
@@ -117,20 +119,17 @@ def _mean(values: list[float]) -> float | None:
 # ---- the closing table ----
 
 
-def closing_table(summary: Mapping[str, Any]) -> Table:
-    """One row an adapter: what it could before, what it can now, and whether its promises were kept."""
+def closing_table(summary: Mapping[str, Any], width: int = 100) -> Table:
+    """One row an adapter: what it could before, what it can now, and whether its promises were kept. width: of the terminal."""
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1))
-    table.add_column("adapter", no_wrap=True)
-    for heading in ("state", "steps"):
-        table.add_column(heading, justify="right" if heading == "steps" else "left", no_wrap=True)
-    table.add_column("held-out", justify="right", no_wrap=True)
-    table.add_column("stale", justify="right", no_wrap=True)
-    table.add_column("logprob_diff", justify="right", no_wrap=True)
-    table.add_column("trained", justify="right", no_wrap=True)
+    wide = width >= WIDE
+    table.add_column("adapter", no_wrap=True, max_width=None if wide else max(width - OTHERS, 8))
+    for heading in ("state", "steps", "held-out", "stale", "logprob_diff", "trained")[: 6 if wide else 5]:
+        table.add_column(heading, justify="left" if heading == "state" else "right", no_wrap=True)
     for name, adapter in summary["adapters"].items():
         failed = adapter["state"] == "failed"
         late = adapter["max_staleness_seen"] > adapter["max_staleness"]
-        table.add_row(
+        row: list[Text | str] = [
             name,
             Text(adapter["state"], style="red" if failed else "green" if adapter["state"] == "finished" else "yellow"),
             f"{adapter['version']}/{adapter['num_steps']}",
@@ -138,14 +137,15 @@ def closing_table(summary: Mapping[str, Any]) -> Table:
             Text(f"{adapter['max_staleness_seen']}/{adapter['max_staleness']}", style="red" if late else ""),
             _small(adapter["logprob_diff"]["mean"]),
             count(adapter["tokens_trained"]),
-        )
+        ]
+        table.add_row(*row[: len(table.columns)])
     return table
 
 
 def print_closing(summary: Mapping[str, Any], console: Console) -> None:
     """The closing table, one line of totals, and the last line of each failed adapter's traceback."""
     console.print()
-    console.print(closing_table(summary))
+    console.print(closing_table(summary, console.width))
     violations = summary["staleness_violations"]
     samplers, trainers = busy_shares(summary)
     console.print(
@@ -159,6 +159,10 @@ def print_closing(summary: Mapping[str, Any], console: Console) -> None:
     died = [(name, numbers["deaths"]) for pool in summary["members"].values() for name, numbers in pool.items()]
     if told := ", ".join(f"{name} {deaths:.0f}x" for name, deaths in died if deaths):
         console.print(f"processes that died and were started again: {told}", style="yellow", highlight=False)
+    for warning in summary["warnings"][:TOLD]:
+        console.print(warning, style="yellow", markup=False, highlight=False)
+    if more := len(summary["warnings"][TOLD:]):
+        console.print(f"{more} more warnings are in summary.json", style="yellow", highlight=False)
     for name, adapter in summary["adapters"].items():
         if "traceback" in adapter:
             last = adapter["traceback"].strip().splitlines()[-1]

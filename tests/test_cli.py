@@ -63,7 +63,9 @@ def refused(output: Output, *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["template.learning_rate=1"], "template.learning_rate: unknown setting"),
+        (["template.learning_rate=1"], "template.learning_rate: unknown setting; did you mean 'optimizer.learning_rate'?"),
+        (["num_steps=1"], "num_steps: unknown setting; did you mean 'template.num_steps'?"),
+        (["adapters.calculator.num_steps=1", "adapters=single"], "adapters.calculator: unknown setting (there is none here)"),
         (["template.optimizer.lerning_rate=1"], "did you mean 'learning_rate'?"),
         (["modle=tiny"], "modle: unknown setting; did you mean 'model'?"),
         (["model=tinny"], "model=tinny: there is no such choice; did you mean 'tiny'?"),

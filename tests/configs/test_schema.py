@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from weft.configs import schema
-from weft.configs.build import SettingError, build
-from weft.configs.expand import leaves
+from weft.configs.build import SettingError, build, leaves
 from weft.configs.schema import AdapterConfig, ClusterConfig, Config, LossConfig, ModelConfig, RunConfig
 
 SECTIONS = {"run": RunConfig, "model": ModelConfig, "cluster": ClusterConfig, "adapter": AdapterConfig}

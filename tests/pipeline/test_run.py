@@ -66,9 +66,10 @@ def test_all_adapters_finish_in_order_whatever_dies(simulation, memory_folder, b
 
 
 def test_whose_rewards_never_differ_is_warned_of_once_and_no_other(simulation, memory_folder):
-    """Nor one whose rewards come to differ in time."""
+    """Nor one whose rewards come to differ in time, nor one that has learnt all."""
     late = iter([1.0] * (2 * 4) + [0.0, 1.0] * 100)  # two steps of four rollouts
-    rewards = {"same": lambda: 1.0, "late": lambda: next(late), "any": iter(range(10**6)).__next__}
+    done = iter([0.0, 1.0] * 2 + [1.0] * 100)
+    rewards = {"same": lambda: 1.0, "late": late.__next__, "done": done.__next__, "any": iter(range(10**6)).__next__}
     configs = [simulation.adapter_config(name, num_steps=8, batch_size=4, group_size=2, max_staleness=0) for name in rewards]
     world = simulation.World(random.Random(0), reward=lambda name, prompt: float(rewards[name]()))
     outcome = simulation.simulate(world, memory_folder, configs)

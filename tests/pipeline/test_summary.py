@@ -73,13 +73,15 @@ def test_a_summary_is_replaced_whole_and_is_plain_json(tmp_path, finished):
     assert [file.name for file in tmp_path.iterdir() if "summary" in file.name] == ["summary.json"]
 
 
-def test_the_closing_table_fits_a_terminal_and_names_what_failed(finished):
-    console = Console(width=100, record=True, file=None, force_terminal=False)
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_closing_table_fits_a_terminal_and_names_what_failed(finished, width):
+    console = Console(width=width, record=True, file=None, force_terminal=False)
     with console.capture() as captured:
         print_closing(finished[0], console)
     told = captured.get()
-    assert max(map(len, told.splitlines())) <= 100
+    assert max(map(len, told.splitlines())) <= width
     assert all(name in told for name in finished[0]["adapters"])
+    assert "\u2026" not in told, "nothing is cut"
     assert "sorting failed: ZeroDivisionError: division by zero" in told and "staleness violations 0" in told
     assert closing_table(finished[0]).row_count == 8
 

@@ -38,6 +38,7 @@ def test_one_line_an_adapter_at_every_width(width, synthetic_run):
     assert all(len(line.rstrip()) <= width for line in told)
     rows = [line for line in told if line.startswith("●")]
     assert len(rows) == 8, "a row that wraps would be two lines"
+    assert len({row.split()[1] for row in rows}) == 8, "names that are cut are told from one another"
     for row, adapter in zip(rows, run.statistics().adapters.values(), strict=True):
         assert f"{adapter.version}/10" in row and f"{adapter.staleness}/{adapter.max_staleness} max" in row
         assert f"{adapter.reward:.2f}" in row and str(adapter.phase) in row
