@@ -41,7 +41,7 @@ WINDOW_S = 20.0  # what "now" means for rates and shares
 REDRAW_S = 0.5  # one drawing of eight rows takes 6 ms of a 2-core laptop
 PLAIN_POOLS_S = 30.0  # between two plain lines about the pools
 NARROW = 100  # columns: below it the header needs what the dashboard's address would take
-BARS = ((160, 36), (130, 24), (NARROW, 14), (0, 4))  # of the sparkline, by the columns: names come first
+LENGTHS = ((160, 36), (130, 24), (NARROW, 14), (0, 4))  # of the sparkline, by the columns: names come first
 NOTES = 3  # newest warnings and failures kept below the table
 BARS = "▁▂▃▄▅▆▇█"
 PHASE_STYLES = {
@@ -175,7 +175,7 @@ class LiveTable:
         table.add_column("  adapter", no_wrap=True, overflow="ellipsis", ratio=3)
         table.add_column("step", justify="right", no_wrap=True)
         table.add_column("reward", justify="right", no_wrap=True)
-        bars = next(bars for least, bars in BARS if self._console.width >= least)
+        bars = next(bars for least, bars in LENGTHS if self._console.width >= least)
         table.add_column("", no_wrap=True, min_width=bars)
         if wide:
             table.add_column("held-out", justify="right", no_wrap=True)
