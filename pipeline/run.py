@@ -178,7 +178,7 @@ class Pipeline:
         groups: Groups = asyncio.Queue(gate.places)
         async with asyncio.TaskGroup() as tasks:
             sampling = tasks.create_task(self._sample(adapter, prompts, gate, groups))
-            barren = 0  # steps before the first with a reward to learn from
+            taught = adapter.version > 0  # by an earlier session, as far as this one knows
             while adapter.version < config.num_steps:
                 asked = self._enter(adapter, Phase.SAMPLING)
                 ready = await next_batch(adapter, groups)
@@ -194,10 +194,8 @@ class Pipeline:
                 sync_seconds = await self._publish(adapter)
                 gate.release(config.groups_per_step)
                 self._journal.step_taken(adapter, ready, waited, step, sync_seconds)
-                if ready.batch.advantages.any():
-                    barren = BARREN_STEPS  # what has learnt may have learnt all
-                barren += 1
-                if barren == BARREN_STEPS:
+                taught = taught or bool(ready.batch.advantages.any())
+                if not taught and adapter.version == BARREN_STEPS:
                     self._journal.warn_once(adapter.name, BARREN)
                 if adapter.version % self._settings.checkpoint_every == 0:
                     await self._recovery.checkpoint(adapter)

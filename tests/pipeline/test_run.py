@@ -76,6 +76,13 @@ def test_whose_rewards_never_differ_is_warned_of_once_and_no_other(simulation, m
     assert outcome.statistics.warnings == (f"same: {run_module.BARREN}",)
 
 
+def test_whose_run_goes_on_after_it_has_learnt_all_is_not_warned_of(simulation, memory_folder):
+    for steps, reward in ((2, None), (8, lambda name, prompt: 1.0)):
+        config = simulation.adapter_config("a", num_steps=steps, batch_size=4, group_size=2)
+        outcome = simulation.simulate(simulation.World(random.Random(0), reward=reward), memory_folder, [config])
+        assert (outcome.statistics.adapters["a"].version, outcome.statistics.warnings) == (steps, ())
+
+
 @pytest.mark.parametrize("bound", [1, 2, 3])
 def test_the_staleness_bound_is_reached(simulation, memory_folder, bound):
     config = simulation.adapter_config("a", max_staleness=bound, num_steps=8)
