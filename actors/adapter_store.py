@@ -92,12 +92,19 @@ class AdapterStore:
 
     def add(self, name: str, master: Tensor) -> None:
         """A new adapter, master fp32 [D], moments zero. The master alone waits, as it came, until it is first held: to pin host
-        memory for the whole takes longer than a training step, and holds up what else asks the driver."""
+        memory for the whole takes longer than a training step, and holds up what else asks the driver.
+
+        Raises OSError or SafetensorError when the tiers are full and the disk is too: then nothing of it is here.
+        """
         own = master.clone()
         with self._moving:
             assert name not in self, f"adapter {name!r} is in the store already"
             self._on_host[name] = {"master": own}
-            self._trim_host()
+            try:
+                self._trim_host()
+            except BaseException:  # no room on the disk
+                del self._on_host[name]  # where it still is: it is the last to go down
+                raise
 
     def drop(self, name: str) -> None:
         """Forget it, wherever it is. It must not be held."""
