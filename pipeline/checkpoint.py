@@ -51,6 +51,10 @@ class Checkpoints:
         self.folder = Path(run_dir) / "checkpoints" / name
         self._keep = keep
 
+    def exist(self) -> bool:
+        """Whether there is one, by its name: none is looked into."""
+        return bool(self._complete())
+
     def begin(self) -> Path:
         """An empty folder for the trainer to write into."""
         writing = self.folder / WRITING

@@ -3,7 +3,7 @@
     arguments ──compose, expand──> Config ──preflight──> lock the output folder ──> cluster ──> pools ──> pipeline ──> summary
 
 Exit status: 0 every adapter finished; 1 one failed, or the run could not go on; 2 a mistake of the user's, said before anything
-is started or written; 130 interrupted (the same command goes on from the last checkpoints).
+is started or written; 130 interrupted (the same command goes on from the last checkpoints, where there are any).
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console: Console = _Output()
     if not console.is_terminal:
         console = _Output(width=WIDTH)  # a pipe or a file has none of its own
+    config: Config | None = None
     try:
         options, overrides = _parse(arguments)
         if "help" in options:
@@ -84,16 +85,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"weft: {error}", file=sys.stderr)
         return MISTAKE
     except WeftError as error:
-        print(f"weft: {error}\nthe same command goes on from the last checkpoints", file=sys.stderr)
+        print(f"weft: {error}\n{_what_next(config)}", file=sys.stderr)
         return FAILED
     except OSError as error:
         if error.errno not in DISK:
             raise
-        print(f"weft: {error}\nthe same command goes on from the last checkpoints", file=sys.stderr)
+        print(f"weft: {error}\n{_what_next(config)}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        print("weft: interrupted; the same command goes on from the last checkpoints", file=sys.stderr)
+        print(f"weft: interrupted; {_what_next(config)}", file=sys.stderr)
         return INTERRUPTED
+
+
+def _what_next(config: Config | None) -> str:
+    """What the same command does, by what is on the disk now. config: None if this one ended before it had read its own."""
+    if config is None:
+        return "nothing has been started"
+    try:
+        checkpointed = any(Checkpoints(config.run.dir, adapter.name, KEEP).exist() for adapter in config.adapters)
+    except OSError:  # the disk is what ended the run, and cannot be asked
+        checkpointed = True
+    if not checkpointed:
+        return "no checkpoint has been written yet; the same command starts anew"
+    return f"the same command{' without run.fresh=true' if config.run.fresh else ''} goes on from the last checkpoints"
 
 
 def _parse(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -30,6 +31,7 @@ from weft.pipeline import main as command
 from weft.pipeline.adapter import Progress
 from weft.pipeline.checkpoint import Checkpoints
 from weft.pipeline.folder import hold, move_aside
+from weft.transport.errors import StartError
 
 Output = pytest.CaptureFixture[str]
 
@@ -237,6 +239,40 @@ def test_a_run_under_other_settings_is_not_resumed_by_mistake(tmp_path: Path, ca
     said = refused(capsys, "template.lora.rank=4")
     assert "adapters.adapter.lora.rank=4: must be 8, as in the run that out holds" in said
     assert "run.fresh=true" in said
+
+
+ENDS = [KeyboardInterrupt(), StartError("sampler-0 did not start"), OSError(errno.ENOSPC, "No space left on device")]
+
+
+@pytest.mark.parametrize("end", ENDS, ids=repr)
+def test_whatever_ends_a_run_it_names_checkpoints_only_where_there_are_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output, end: BaseException
+) -> None:
+    def said(*arguments: str) -> str:
+        assert run(*arguments) == (command.INTERRUPTED if isinstance(end, KeyboardInterrupt) else command.FAILED)
+        return capsys.readouterr().err
+
+    def ended(*_: object) -> None:
+        raise end
+
+    monkeypatch.setattr(command, "_train", ended)
+    for arguments in ((), (), ("run.fresh=true",)):  # the folder is there by the second time, and still no checkpoint
+        assert said(*arguments).endswith("no checkpoint has been written yet; the same command starts anew\n")
+    (config,) = expand(compose([])).adapters
+    a_run(tmp_path / "out", config, finished=False)
+    assert said().endswith("the same command goes on from the last checkpoints\n")
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "preflight", ended)  # before the earlier run is moved aside
+        assert said("run.fresh=true").endswith("the same command without run.fresh=true goes on from the last checkpoints\n")
+
+
+def test_what_is_interrupted_before_it_knows_its_settings_says_so(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "compose", interrupted)
+    assert run() == command.INTERRUPTED
+    assert capsys.readouterr().err == "weft: interrupted; nothing has been started\n"
 
 
 def damage(folder: Path, how: str) -> None:

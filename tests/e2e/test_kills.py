@@ -94,6 +94,9 @@ def test_an_interrupted_run_ends_in_order_and_leaves_nothing(weft: Any, adapters
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive, [process.cmdline() for process in alive]
     assert "Traceback" not in run.output()
+    there = any((run.folder / "checkpoints").glob("*/0*"))
+    then = "the same command goes on from the last checkpoints" if there else "no checkpoint has been written yet"
+    assert f"weft: interrupted; {then}" in run.output()
     cluster = Cluster(ClusterConfig(), str(run.folder))
     assert not cluster.shared_folder.exists()
     assert not list(Path(tempfile.gettempdir()).glob(f"weft-ray-{cluster.run_id}*"))
