@@ -101,9 +101,10 @@ class Checkpoints:
             os.replace(folder, aside)
         return found, [f"{error}; set aside, the one before it is used" for error in damaged.values()]
 
-    def check(self) -> None:
-        """Raises CheckpointError as `newest` does; changes nothing."""
-        self._find()
+    def check(self) -> int | None:
+        """The version of the one that `newest` gives. Raises CheckpointError as that does; changes nothing."""
+        found, _ = self._find()
+        return found.progress.version if found else None
 
     def _find(self) -> tuple[Checkpoint | None, dict[Path, CheckpointError]]:
         damaged: dict[Path, CheckpointError] = {}

@@ -37,7 +37,7 @@ from weft.pipeline.history import History
 from weft.pipeline.interfaces import Pools
 from weft.pipeline.members import Counting, Members
 from weft.pipeline.metrics import Metrics
-from weft.pipeline.recovery import KEEP
+from weft.pipeline.recovery import KEEP, goes_on
 from weft.pipeline.run import Pipeline, leaves
 from weft.pipeline.summary import print_closing, summarize, write_summary
 from weft.pipeline.table import make_table
@@ -142,14 +142,17 @@ def _run(config: Config, console: Console) -> int:
         is_held = is_run(folder)
         if is_held:
             held.enter_context(hold(folder))
+        found: dict[str, int] = {}
         if not config.run.fresh:
-            _check_resume(config)
+            found = _check_resume(config)
             if _is_finished(config):
                 _say_finished(folder, console)
                 return FINISHED
         preflight(config)
         with writing(config.run.dir):
             _take_folder(config, held, is_held, console)
+        if found:
+            console.print(goes_on(config.adapters, found, console.width), highlight=False)
         statistics = _train(config, console)
         return _close(config, statistics, time.monotonic() - began, console)
 
@@ -181,7 +184,9 @@ def _take_folder(config: Config, held: ExitStack, is_held: bool, console: Consol
         raise
 
 
-def _check_resume(config: Config) -> None:
+def _check_resume(config: Config) -> dict[str, int]:
+    """The version that each adapter with a checkpoint goes on from. Raises SettingError where one cannot."""
+    found: dict[str, int] = {}
     before = _model_before(Path(config.run.dir) / CONFIG_FILE)
     for name, now in to_mapping(config.model).items():
         if before is not None and before.get(name) != now:
@@ -192,12 +197,15 @@ def _check_resume(config: Config) -> None:
     for adapter in config.adapters:
         try:
             check_resume(config.run.dir, adapter)
-            Checkpoints(config.run.dir, adapter.name, KEEP).check()
+            version = Checkpoints(config.run.dir, adapter.name, KEEP).check()
         except ValueError as error:
             raise SettingError(str(error)) from None
         except CheckpointError as error:
             anew = "run.fresh=true starts anew (and moves what is there aside)"
             raise SettingError(f"run.dir={config.run.dir!r}: of adapter {adapter.name!r} {error}; {anew}") from None
+        if version is not None:
+            found[adapter.name] = version
+    return found
 
 
 def _model_before(file: Path) -> dict[str, object] | None:

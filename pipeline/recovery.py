@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from weft.configs.schema import AdapterConfig, RunConfig
@@ -90,3 +91,25 @@ def _empty_folder(path: Path) -> None:
     if path.exists():
         shutil.rmtree(path)
     path.mkdir(parents=True)
+
+
+def goes_on(adapters: Sequence[AdapterConfig], found: Mapping[str, int], width: int) -> str:
+    """One line: from which step each adapter goes on. found: by name, the version of its newest checkpoint, if it has one.
+
+    As many by name as `width` has room for; the others are counted.
+    """
+    steps = {adapter.name: found.get(adapter.name, 0) for adapter in adapters}
+    through = sum(steps[adapter.name] >= adapter.num_steps for adapter in adapters)
+    begun = [(adapter.name, steps[adapter.name]) for adapter in adapters if 0 < steps[adapter.name] < adapter.num_steps]
+    anew = len(adapters) - through - len(begun)
+    line = ""
+    for shown in range(min(len(begun), width // len("x from step 1, ")), -1, -1):
+        named = ", ".join(f"{name} from step {step}" for name, step in begun[:shown])
+        rest = [step for _, step in begun[shown:]]
+        span = f"steps {min(rest)} to {max(rest)}" if len({*rest}) > 1 else f"step {rest[0]}" if rest else ""
+        counts = [(len(rest), f"{'more ' if shown else ''}from {span}"), (anew, "from step 0"), (through, "done")]
+        counted = ", ".join(f"{number} {what}" for number, what in counts if number)
+        line = f"goes on: {named} ({counted})" if named and counted else f"goes on: {named}{counted}"
+        if len(line) <= width:
+            break
+    return line

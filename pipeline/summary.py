@@ -149,8 +149,7 @@ def print_closing(summary: Mapping[str, Any], console: Console) -> None:
     violations = summary["staleness_violations"]
     samplers, trainers = busy_shares(summary)
     console.print(
-        f"{duration(summary['wall_seconds'])} in all · samplers busy {samplers:.0%}, trainers {trainers:.0%} · "
-        f"staleness violations {violations}",
+        f"{told_time(summary)} · samplers busy {samplers:.0%}, trainers {trainers:.0%} · staleness violations {violations}",
         style="bold red" if violations else "dim",
         highlight=False,
     )
@@ -169,6 +168,13 @@ def print_closing(summary: Mapping[str, Any], console: Console) -> None:
             console.print(
                 f"{name} failed: {last} (whole traceback in summary.json)", style="red", markup=False, highlight=False
             )
+
+
+def told_time(summary: Mapping[str, Any]) -> str:
+    """Of the command; of a run that was resumed in all, its earlier sessions from when their pools were ready."""
+    now, earlier = summary["wall_seconds"], summary["session_seconds"][:-1]
+    whole = f"{duration(now + sum(earlier))} in all"
+    return f"{whole}, {duration(now)} this time" if earlier else whole
 
 
 def busy_shares(summary: Mapping[str, Any]) -> tuple[float, float]:

@@ -275,6 +275,23 @@ def test_what_is_interrupted_before_it_knows_its_settings_says_so(monkeypatch: p
     assert capsys.readouterr().err == "weft: interrupted; nothing has been started\n"
 
 
+def test_a_run_that_goes_on_says_from_which_step_each_adapter_does(tmp_path: Path, capsys: Output) -> None:
+    def said(*arguments: str) -> str:
+        with pytest.raises(AssertionError, match="the run was started"):
+            run("sweep.rank=[2,4,8]", *arguments)
+        return capsys.readouterr().out
+
+    first, second, _ = expand(compose(["sweep.rank=[2,4,8]"])).adapters
+    with hold(tmp_path / "out", make=True):
+        for config, version in ((first, 5), (second, 10)):
+            checkpoints = Checkpoints("out", config.name, 2)
+            checkpoints.begin()
+            checkpoints.commit(config, Progress(version=version), {})
+    assert said() == f"goes on: {first.name} from step 5, {second.name} from step 10 (1 from step 0)\n"
+    assert "goes on" not in said("run.fresh=true")
+    assert said() == "", "it was begun, and there is no checkpoint"
+
+
 def damage(folder: Path, how: str) -> None:
     file = {"truncated": "weights.bin", "altered": "weights.bin", "no manifest": "manifest.json"}[how]
     if how == "truncated":
@@ -299,6 +316,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_run_without_a_whole_one_is_re
     damage(newer, how)
     with pytest.raises(AssertionError, match="the run was started"):
         run()
+    assert capsys.readouterr().out == "goes on: adapter from step 5\n"
     found, said = checkpoints.newest()
     assert found is not None
     assert found.folder == older

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import tempfile
 from pathlib import Path
@@ -65,6 +66,8 @@ def test_a_killed_driver_goes_on_from_its_checkpoints_and_leaves_no_process(weft
     adapters_ = again.summary()["adapters"]
     assert {name: adapter["version"] for name, adapter in adapters_.items()} == dict.fromkeys(NAMES, STEPS)
     assert len(again.steps()) > steps_before, "it was killed in the middle"
+    assert " in all, " in again.output() and " this time" in again.output()
+    told = {name: int(step) for name, step in re.findall(r"(\S+) from step (\d+)", again.output())}
     trace = json.loads((run.folder / "trace.json").read_text())
     assert [record["name"] for record in trace if record["ph"] == "i"].count("resumed") == 1
     assert sum(record["name"] == "training" for record in trace) >= len(again.steps())
@@ -72,6 +75,7 @@ def test_a_killed_driver_goes_on_from_its_checkpoints_and_leaves_no_process(weft
         redone = [step["step"] for step in again.steps()[steps_before:] if step["adapter"] == name]
         first = STEPS + 1 - len(redone)  # a quick adapter may have none left
         assert redone == list(range(first, STEPS + 1))
+        assert told.get(name, STEPS) == first - 1, "said at the start"
         assert first > before[name] - 2, "at most checkpoint_every - 1 steps are taken again"
         assert adapters_[name]["eval_base"] is not None, "known from before the kill"
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 from dataclasses import replace
 
 import pytest
 
 from weft.pipeline.events import AdapterFailed, Evaluated, Phase, StepTaken, Warned
+from weft.pipeline.recovery import goes_on
 
 
 def killed_at(simulation, world, folder, configs, seconds):
@@ -137,3 +139,37 @@ def test_a_failed_adapter_is_tried_again_by_the_next_run(simulation, memory_fold
     outcome = killed_at(simulation, world, memory_folder, [config], None)
     assert outcome.statistics.adapters["a"].phase is Phase.FINISHED
     assert [event.version for event in outcome.events if isinstance(event, StepTaken)] == [3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("found", "width", "line"),
+    [
+        ({"a": 0}, 80, "goes on: 5 from step 0"),
+        ({"a": 4}, 80, "goes on: a from step 4 (4 from step 0)"),
+        (
+            {"a": 4, "b": 5, "c": 2, "d": 6},
+            76,
+            "goes on: a from step 4, b from step 5, c from step 2 (1 from step 0, 1 done)",
+        ),
+        (
+            {"a": 4, "b": 5, "c": 2, "d": 6},
+            73,
+            "goes on: a from step 4 (2 more from steps 2 to 5, 1 from step 0, 1 done)",
+        ),
+        ({"a": 2, "b": 2, "c": 2, "d": 2, "e": 2}, 20, "goes on: 5 from step 2"),
+    ],
+)
+def test_where_a_run_goes_on_is_one_line_of_names_and_counts(simulation, found, width, line):
+    assert goes_on([simulation.adapter_config(name) for name in "abcde"], found, width) == line
+
+
+def test_where_a_run_goes_on_counts_each_adapter_once_in_a_line_that_fits(simulation):
+    chance = random.Random(0)
+    for _ in range(300):
+        names = [f"{'x' * chance.randint(1, 30)}{i}" for i in range(chance.randint(1, 40))]
+        found = {name: chance.randint(0, 6) for name in names if chance.random() < 0.8}
+        line = goes_on([simulation.adapter_config(name) for name in names], found, width := chance.randint(80, 160))
+        assert len(line) <= width
+        named = re.findall(r"(x+\d+) from step (\d)", line)
+        assert all(found[name] == int(step) for name, step in named)
+        assert len(named) + sum(map(int, re.findall(r"\b(\d+) (?:more from|from step|done)", line))) == len(names)
