@@ -143,12 +143,21 @@ def _run(config: Config, console: Console) -> int:
         if is_held:
             held.enter_context(hold(folder))
         found: dict[str, int] = {}
+        mistakes: list[SettingError] = []
         if not config.run.fresh:
-            found = _check_resume(config)
-            if _is_finished(config):
+            try:
+                found = _check_resume(config)
+            except SettingError as error:
+                mistakes.append(error)
+            if not mistakes and _is_finished(config):
                 _say_finished(folder, console)
                 return FINISHED
-        preflight(config)
+        try:
+            preflight(config)
+        except SettingError as error:
+            mistakes.insert(0, error)
+        if mistakes:  # one line each: the configuration's own does not hide behind that it is not the earlier run's
+            raise SettingError("\n".join(map(str, mistakes)))
         with writing(config.run.dir):
             _take_folder(config, held, is_held, console)
         if found:

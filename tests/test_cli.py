@@ -49,15 +49,15 @@ def run(*arguments: str) -> int:
     return command.main(["cluster.dashboard_port=0", "run.dir=out", *arguments])
 
 
-def refused(output: Output, *arguments: str) -> str:
-    """The message, after checking that it is one line on stderr, that the status is 2 and that nothing was written."""
+def refused(output: Output, *arguments: str, mistakes: int = 1) -> str:
+    """The message, after checking that it is one line a mistake on stderr, the status 2, and that nothing was written."""
     before = sorted(Path.cwd().rglob("*"))
     status = run(*arguments)
     said = output.readouterr()
     assert status == 2, said
     assert said.out == ""
     assert said.err.startswith("weft: ")
-    assert said.err.count("\n") == 1, said.err
+    assert said.err.count("\n") == mistakes, said.err
     assert sorted(Path.cwd().rglob("*")) == before
     return said.err
 
@@ -340,6 +340,26 @@ def test_a_run_on_another_base_is_not_resumed_by_mistake(tmp_path: Path, capsys:
     assert "model.path=" in said
     assert "must be 'tiny'" in said
     assert "run.fresh=true" in said
+
+
+@pytest.mark.parametrize("other", ["settings", "base"])
+def test_no_mistake_hides_behind_a_run_under_other_settings(tmp_path: Path, capsys: Output, other: str) -> None:
+    config = expand(compose([]))
+    a_run(tmp_path / "out", config.adapters[0], finished=True)
+    model = to_mapping(config.model) | ({"path": "another"} if other == "base" else {})
+    (tmp_path / "out" / "config.yaml").write_text(yaml.safe_dump({"model": model}))
+    differs = ("template.lora.rank=4",) if other == "settings" else ()
+    said = refused(capsys, *differs, "template.environment.target=no.such.Task", mistakes=2)
+    own, before = said.splitlines()
+    assert "environment.target='no.such.Task': module 'no.such' does not import" in own
+    assert ("as in the run that out holds" if other == "settings" else "model.path='tiny': must be 'another'") in before
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = f"cluster.dashboard_port={taken.getsockname()[1]}"
+        assert f"{port}: must be free" in refused(capsys, *differs, port, mistakes=2).splitlines()[0]
+        if other == "settings":
+            assert run(port) == command.FINISHED, "a finished run needs no port"
 
 
 def test_fresh_moves_an_earlier_run_aside_and_nothing_else(tmp_path: Path, capsys: Output) -> None:
