@@ -13,7 +13,7 @@ from torch import Tensor
 
 from weft.actors.checksum import checksum
 from weft.actors.learner import Adapter
-from weft.actors.slab_ipc import Boxes
+from weft.actors.slab_ipc import Boxes, write_whole
 from weft.transport.messages import SlabHandle
 
 
@@ -41,10 +41,7 @@ class Outgoing:
             with self._one_at_a_time:
                 self._boxes.put(weights, ref.name, path)
         else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            weights.cpu().view(torch.uint8).numpy().tofile(part)
-            part.replace(path)
+            write_whole(path, weights.cpu().view(torch.uint8).numpy().tofile)
         return SlabHandle(
             ref=ref,
             nbytes=weights.nbytes,

@@ -69,10 +69,8 @@ class Boxes:
         if self._stream is not None:
             self._stream.synchronize()
         box.owner, box.file = owner, file
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps({"pid": os.getpid(), "address": box.address}))
-        part.replace(file)
+        said = json.dumps({"pid": os.getpid(), "address": box.address})
+        write_whole(file, lambda part: part.write_text(said))
 
     def forget(self, owner: str) -> None:
         """It publishes no more: what nobody has come for is free."""
@@ -126,6 +124,18 @@ class Taker:
                 del self._views[other]  # a mapping keeps the memory of a trainer that has died
             self._views[name] = self._open(address)
         return self._views[name]
+
+
+def write_whole(file: Path, write: Callable[[Path], object]) -> None:
+    """Once `file` is there, it is whole. Raises what `write` raises (OSError: no room), and then leaves nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    try:
+        write(part)
+        part.replace(file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _claimed(file: Path) -> Path:

@@ -1,5 +1,6 @@
 """An adapter's life in the trainer: made, saved, loaded, published, exported, dropped."""
 
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -193,6 +194,24 @@ def test_a_slab_that_cannot_be_handed_over_with_the_step_and_those_of_many_are_a
         assert result.slab is None and result.ref.version == version + 1 and not result.fault, "the step has been taken"
     monkeypatch.setattr(Boxes, "put", put)
     assert bench.ask(messages.Publish(AdapterRef("one", 0, 3))).on_device
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_slab_whose_file_finds_no_room_leaves_nothing_and_may_be_asked_for_again(make: Make, on_device: bool) -> None:
+    bench = make(ONE)
+    if on_device:
+        bench.trainer._outgoing._boxes = Boxes(torch.device("cpu"), lambda buffer: [0])
+    folder, before = bench.trainer._outgoing._folder, resource.getrlimit(resource.RLIMIT_FSIZE)
+    for _ in range(2):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # no file takes a byte more
+        try:
+            with pytest.raises(OSError):
+                bench.ask(messages.Publish(AdapterRef("one", 0, 0)))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert not list(folder.iterdir())
+    handle = bench.ask(messages.Publish(AdapterRef("one", 0, 0)))
+    assert list(folder.iterdir()) == [Path(handle.path)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
