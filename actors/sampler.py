@@ -319,8 +319,9 @@ class Sampler:
         config = adapter.config
         moves = config.rollout_version == "between_turns"
 
-        # A finite task asks the same prompt in each epoch: other noise each time, but the same for base and final evaluation.
-        draw = "held out" if message.held_out else message.ref.version
+        # A finite task asks the same prompt in each epoch, at times twice under one version: other noise each time, but the
+        # same for base and final evaluation.
+        draw = "held out" if message.held_out else message.epoch
         source = (config.sampling.seed, config.name, message.prompt_index, draw)
 
         async def generate(tokens: Sequence[int], ref: AdapterRef, max_tokens: int, seed: int) -> Turn:

@@ -92,7 +92,13 @@ class SamplerPool:
         self._affinity.leave(seat)
 
     async def rollout(
-        self, ref: AdapterRef, prompt_index: int, group_size: int, held_out: bool = False, seat: Seat | None = None
+        self,
+        ref: AdapterRef,
+        prompt_index: int,
+        group_size: int,
+        held_out: bool = False,
+        seat: Seat | None = None,
+        epoch: int = 0,
     ) -> Group:
         """Waits until one of the samplers that serve the adapter is ready, and has its newest version.
 
@@ -101,7 +107,7 @@ class SamplerPool:
         if seat is None:
             seat = self.seat(ref.name, group_size)
             try:
-                return await self.rollout(ref, prompt_index, group_size, held_out, seat)
+                return await self.rollout(ref, prompt_index, group_size, held_out, seat, epoch)
             finally:
                 self.leave(seat)
         while not self._members[seat.sampler].ready:
@@ -110,7 +116,7 @@ class SamplerPool:
                 await any_ready([member for member in self._members if not member.ready])
         member = self._members[seat.sampler]
         await self._sync.serve(ref.name, seat.sampler)
-        group: Group = await self._ask(member, messages.Rollout(ref, prompt_index, group_size, held_out))
+        group: Group = await self._ask(member, messages.Rollout(ref, prompt_index, group_size, held_out, epoch))
         return group
 
     async def statistics(self) -> list[messages.SamplerStatistics]:

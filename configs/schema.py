@@ -124,7 +124,7 @@ class SamplingConfig:
     max_tokens: int = 128  # new tokens a turn
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
-    seed: int = 0  # with the prompt's index and the sample's, seeds each rollout
+    seed: int = 0  # with the adapter's name, the prompt's index and epoch, and the sample's, seeds each rollout
 
     def __post_init__(self) -> None:
         # vLLM refuses what is hotter, and samples what is colder at 0.01 without saying so to the trainer

@@ -52,7 +52,7 @@ class Samplers(Seats, Protocol):
     async def drop(self, name: str) -> None: ...
 
     async def rollout(
-        self, ref: AdapterRef, prompt_index: int, group_size: int, held_out: bool = False, seat: Seat = None
+        self, ref: AdapterRef, prompt_index: int, group_size: int, held_out: bool = False, seat: Seat = None, epoch: int = 0
     ) -> Group:
         """seat: taken by the caller, who gives it back; None: one is taken meanwhile, whether there is room or not."""
 

@@ -27,13 +27,13 @@ class PromptSource:
         self._epoch = -1
         self._order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
-    def next(self) -> int:
-        """The next index."""
+    def next(self) -> tuple[int, int]:
+        """The next index, and how often it came before: its epoch."""
         position, self.position = self.position, self.position + 1
         if self._num_prompts is None:
-            return position
+            return position, 0
         epoch, place = divmod(position, self._num_prompts)
         if epoch != self._epoch:
             self._epoch = epoch
             self._order = np.random.default_rng([self._seed % 2**32, epoch]).permutation(self._num_prompts)
-        return int(self._order[place])
+        return int(self._order[place]), epoch

@@ -29,7 +29,7 @@ class Rollouts:
         self._journal = journal
         self._suspects = asyncio.Lock()
 
-    async def sample(self, adapter: Adapter, prompt_index: int, held_out: bool = False) -> Group | None:
+    async def sample(self, adapter: Adapter, prompt_index: int, epoch: int = 0, held_out: bool = False) -> Group | None:
         """One group under the version installed when its turn comes. None: the adapter is interrupted with the reason."""
         size, ticket = 1 if held_out else adapter.config.group_size, self._share.ticket()
         for deaths in range(MAX_DEATHS):
@@ -38,7 +38,7 @@ class Rollouts:
                 began = self._journal.now()
                 assert adapter.installed is not None
                 try:
-                    group = await self._samplers.rollout(adapter.installed, prompt_index, size, held_out, seat)
+                    group = await self._samplers.rollout(adapter.installed, prompt_index, size, held_out, seat, epoch)
                 except PeerDiedError as error:
                     died = error
                 except (AdapterFault, InstallError) as fault:

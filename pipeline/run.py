@@ -206,7 +206,7 @@ class Pipeline:
         async with asyncio.TaskGroup() as rollouts:
             while prompts.position < adapter.config.num_steps * adapter.config.groups_per_step:
                 await gate.admit()
-                groups.put_nowait(rollouts.create_task(self._rollouts.sample(adapter, prompts.next())))
+                groups.put_nowait(rollouts.create_task(self._rollouts.sample(adapter, *prompts.next())))
 
     async def _publish(self, adapter: Adapter) -> float:
         """Returns when every sampler has the adapter's version, with the seconds that took; new rollouts start with it."""

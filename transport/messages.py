@@ -143,6 +143,7 @@ class Rollout:
     prompt_index: int
     group_size: int
     held_out: bool = False
+    epoch: int = 0  # how often its adapter had this prompt before: each time is drawn anew
 
 
 @dataclass(frozen=True)

@@ -239,7 +239,13 @@ class SimulatedSamplers:
         self.world.acknowledged = {ref for ref in self.world.acknowledged if ref.name != name}
 
     async def rollout(
-        self, ref: AdapterRef, prompt_index: int, group_size: int, held_out: bool = False, seat: Seat | None = None
+        self,
+        ref: AdapterRef,
+        prompt_index: int,
+        group_size: int,
+        held_out: bool = False,
+        seat: Seat | None = None,
+        epoch: int = 0,
     ) -> Group:
         world, config = self.world, self.world.configs[ref.name]
         assert ref in world.acknowledged, f"law 3: {ref} is not installed"

@@ -506,6 +506,26 @@ def test_rows_without_an_advantage_still_make_steps(simulation, memory_folder):
     assert outcome.statistics.adapters["a"].tokens_sampled == config.num_steps * config.batch_size * 2
 
 
+def test_no_two_groups_of_a_small_task_draw_the_same_noise(simulation, memory_folder, monkeypatch):
+    """Three prompts in eight places: one comes again while its version is still the newest."""
+    rollout, add, drawn = simulation.SimulatedSamplers.rollout, simulation.SimulatedSamplers.add, []
+
+    async def watched(self, ref, prompt_index, group_size, held_out, seat, epoch):
+        drawn.append((ref.version, prompt_index, epoch))
+        return await rollout(self, ref, prompt_index, group_size, held_out, seat, epoch)
+
+    async def small(self, *asked):
+        await add(self, *asked)
+        return 3
+
+    monkeypatch.setattr(simulation.SimulatedSamplers, "rollout", watched)
+    monkeypatch.setattr(simulation.SimulatedSamplers, "add", small)
+    one = simulation.adapter_config("a", batch_size=8, group_size=2)
+    simulation.simulate(simulation.World(random.Random(0)), memory_folder, [one])
+    assert len({draw[:2] for draw in drawn}) < len(drawn) == 24, "a prompt came twice under one version"
+    assert len({draw[1:] for draw in drawn}) == len(drawn)
+
+
 def test_held_out_prompts_are_evaluated_before_and_after(simulation, memory_folder):
     world = simulation.World(random.Random(0), reward=lambda name, prompt: 0.25)
     config = simulation.adapter_config("a", eval_prompts=7)
@@ -553,7 +573,8 @@ def test_ready_adapters_share_launches(simulation, memory_folder):
 
 
 def test_the_pipeline_runs_under_uvloop(simulation, memory_folder):
-    uvloop = pytest.importorskip("uvloop")
+    import uvloop
+
     world = simulation.World(random.Random(0), rollout_seconds=0.001, train_seconds=0.001, sync_seconds=0.001)
     configs = [simulation.adapter_config(f"a{i}", eval_prompts=3) for i in range(3)]
 
