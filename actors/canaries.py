@@ -9,7 +9,7 @@ on a large base, in which the weights themselves would wait.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -56,17 +56,31 @@ class Canaries:
                 await self._wait_quiet()
                 asked, self._asked = {**self._asked, message: future}, {}
                 try:
-                    found = await loop.run_in_executor(self.thread, self._compute, list(asked))
-                except BaseException:  # the next one that asks computes for those that still wait
-                    del asked[message]
-                    self._asked = asked | self._asked
+                    found = await self._found(asked, message)
+                except BaseException:
+                    self._wait_on(asked, [message])
                     raise
-                for one, answer in asked.items():
-                    answer.set_result(found[one])
+                self._wait_on(asked, found)
+                for one in found:
+                    asked[one].set_result(found[one])
         result = await future
         if isinstance(result, WeftError):
             raise result
         return result
+
+    async def _found(self, asked: Collection[AskCanary], message: AskCanary) -> Mapping[AskCanary, Found]:
+        """Of all that ask; or of `message` alone, where the fault of one would be that of all."""
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self.thread, self._compute, list(asked))
+        except Exception:  # whatever one of them raises
+            if len(asked) == 1:
+                raise
+            return await loop.run_in_executor(self.thread, self._compute, [message])
+
+    def _wait_on(self, asked: Mapping[AskCanary, asyncio.Future[Found]], done: Collection[AskCanary]) -> None:
+        """The next one that asks computes for those that still wait."""
+        self._asked = {one: future for one, future in asked.items() if one not in done} | self._asked
 
     async def _wait_quiet(self) -> None:
         try:

@@ -18,6 +18,7 @@ from typing import Any
 
 from weft.actors.blame import shown
 from weft.actors.environment import Environment
+from weft.actors.environments.jsonl import Jsonl
 from weft.actors.environments.load import load_environment
 from weft.actors.sampler_engine import LORA_RANKS, TESTED
 from weft.configs.build import SettingError
@@ -26,8 +27,11 @@ from weft.configs.schema import AdapterConfig, ClusterConfig, Config, ModelConfi
 SOCKET_NAMES = len("/weft-ray-01234567/session_2026-01-01_00-00-00_000000_0123456/sockets/plasma_store")
 
 
-def preflight(config: Config) -> None:
-    """Raises SettingError for the first thing that would fail once the run is under way."""
+def preflight(config: Config) -> tuple[str, ...]:
+    """Raises SettingError for the first thing that would fail once the run is under way.
+
+    Returns what the user should know and need not act on, each once.
+    """
     check_output(config.run.dir)
     check_temporary_folder()
     check_ranks(config)
@@ -37,10 +41,14 @@ def preflight(config: Config) -> None:
     use_working_directory()
     tokenizer = _tokenizer(config.model, folder)
     loaded: dict[str, Environment] = {}
+    notices: dict[str, None] = {}
     for adapter in config.adapters:
         check_lora(adapter, folder)
-        check_environment(adapter, tokenizer, config.cluster.sampler.max_model_len, loaded)
+        environment = check_environment(adapter, tokenizer, config.cluster.sampler.max_model_len, loaded)
+        if isinstance(environment, Jsonl) and (said := environment.reused(adapter.eval_prompts)):
+            notices[said] = None
     check_port(config.cluster)  # at last: while another run is up it would hide every other mistake
+    return tuple(notices)
 
 
 def model_folder(model: ModelConfig) -> str:
@@ -92,10 +100,16 @@ def check_temporary_folder() -> None:
 
 
 def check_ranks(config: Config) -> None:
-    """vLLM takes few maximal ranks; what is above the highest is refused by the schema."""
+    """vLLM takes few maximal ranks, and a trainer's kernels none above theirs; what no vLLM takes is refused by the schema."""
     chosen = config.cluster.sampler.max_lora_rank
     if chosen is not None and chosen not in LORA_RANKS:
         raise SettingError(f"cluster.sampler.max_lora_rank={chosen}: must be one of {', '.join(map(str, LORA_RANKS))}")
+    if config.cluster.gpus_per_trainer:
+        from weft.kernels.lora.tables import RANK_BLOCKS
+
+        for adapter in (one for one in config.adapters if one.lora.rank > RANK_BLOCKS[-1]):
+            rule = f"must be at most {RANK_BLOCKS[-1]} where trainers run on GPUs"
+            raise SettingError(f"adapters.{adapter.name}.lora.rank={adapter.lora.rank}: {rule}")
 
 
 def check_gpus(cluster: ClusterConfig) -> None:
@@ -194,7 +208,9 @@ def check_lora(adapter: AdapterConfig, folder: str) -> None:
             check_peft_folder(Path(lora.warm_start), SlabLayout.build(shapes, modules, lora.rank), lora.alpha)
 
 
-def check_environment(adapter: AdapterConfig, tokenizer: Any, max_model_len: int, loaded: dict[str, Environment]) -> None:
+def check_environment(
+    adapter: AdapterConfig, tokenizer: Any, max_model_len: int, loaded: dict[str, Environment]
+) -> Environment:
     """The environment imports, takes its settings and fits the protocol; its first prompt renders and leaves room to answer.
 
     loaded: environments by what they were built from; adapters of one task share theirs here.
@@ -222,6 +238,7 @@ def check_environment(adapter: AdapterConfig, tokenizer: Any, max_model_len: int
             if wanted > room:
                 why = f"cluster.sampler.max_model_len={max_model_len} less the {len(tokens)} tokens of prompt(0, {held_out})"
                 raise ValueError(f"sampling.max_tokens={wanted}: must be at most {room}, which is {why}")
+    return loaded[key]
 
 
 def _tokenizer(model: ModelConfig, folder: str) -> Any:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from weft.configs.build import SettingError, build, leaves, unknown
-from weft.configs.schema import AdapterConfig, ClusterConfig, Config, ModelConfig, RunConfig
+from weft.configs.schema import AdapterConfig, ClusterConfig, Config, LoraConfig, ModelConfig, RunConfig
 
 SECTIONS = ("run", "model", "cluster", "environment", "template", "adapters", "every", "sweep")
 MAX_WORD = 24  # characters of one swept value in an adapter's name
@@ -33,13 +34,19 @@ def expand(composed: Settings) -> Config:
         if name not in SECTIONS:
             raise SettingError(unknown(str(name), list(SECTIONS), "", adapter_settings()))
     run = build(RunConfig, _section(composed, "run"), "run")
+    run = dataclasses.replace(run, dir=os.path.expanduser(run.dir))  # which no shell does behind a `=`
     model = build(ModelConfig, _section(composed, "model"), "model")
     cluster = build(ClusterConfig, _section(composed, "cluster"), "cluster")
     adapters = tuple(build(AdapterConfig, settings, path) for path, settings in _adapters(composed))
+    adapters = tuple(dataclasses.replace(one, lora=_at_home(one.lora)) for one in adapters)
     try:
         return Config(run=run, model=model, cluster=cluster, adapters=adapters)
     except ValueError as error:
         raise SettingError(str(error)) from None
+
+
+def _at_home(lora: LoraConfig) -> LoraConfig:
+    return dataclasses.replace(lora, warm_start=os.path.expanduser(lora.warm_start)) if lora.warm_start else lora
 
 
 def to_mapping(config: Any) -> dict[str, Any]:

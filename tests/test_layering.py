@@ -22,7 +22,7 @@ OWNERS = {
     "hydra": {"configs/compose.py"},
     "omegaconf": {"configs/compose.py"},
     "ray": {"actors/cluster.py"},
-    "torch.distributed": {"transport/broadcast.py", "transport/rendezvous.py"},
+    "torch.distributed": {"transport/broadcast.py"},
     "uvloop": {"pipeline/main.py"},
     "vllm": {
         "actors/punica.py",

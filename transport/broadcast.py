@@ -114,17 +114,20 @@ class BroadcastGroup:
     def _do(self, tensor: torch.Tensor, work: _Work) -> None:
         assert tensor.is_contiguous(), "a slab is one flat buffer"
         assert self._outcome is None, "one broadcast at a time"
-        if self._broken:
-            raise PeerDiedError(f"group {self._epoch} is of no more use: {self._broken}")
-        if tensor.numel() == 0 or self._world_size == 1:
+        outcome = self._outcome = queue.SimpleQueue()
+        if self._broken or tensor.numel() == 0 or self._world_size == 1:  # `close` marks it before it looks for who waits
+            self._outcome = None
+            if self._broken:
+                raise PeerDiedError(f"group {self._epoch} is of no more use: {self._broken}")
             return
         start = time.monotonic()
-        outcome = self._outcome = queue.SimpleQueue()
         if self._jobs is None:
             self._jobs = queue.SimpleQueue()
             threading.Thread(target=self._serve, args=(self._jobs,), name=f"broadcast-{self._epoch}", daemon=True).start()
         stream = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
         self._jobs.put((tensor, work, start + self._deadline_s, outcome, stream))
+        if self._left.is_set():  # and `close` may not have seen the thread
+            self._jobs.put(None)
         try:
             error = outcome.get(timeout=self._deadline_s + _GRACE_S)
         except queue.Empty:

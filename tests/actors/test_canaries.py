@@ -14,18 +14,21 @@ ASKED = [AskCanary(AdapterRef(name, 0, 1)) for name in "abc"]
 
 
 class Compute:
-    """Waits for `go`; `gone` are not there any more."""
+    """Waits for `go`; `gone` are not there any more, and with one of `impossible` it raises."""
 
     def __init__(self) -> None:
         self.calls: list[list[AskCanary]] = []
         self.go, self.began = threading.Event(), threading.Event()
         self.go.set()
         self.gone: set[AskCanary] = set()
+        self.impossible: set[AskCanary] = set()
 
     def __call__(self, asked: Sequence[AskCanary]) -> dict[AskCanary, Found]:
         self.calls.append(list(asked))
         self.began.set()
         assert self.go.wait(20)
+        if self.impossible & set(asked):
+            raise ArithmeticError("not with this one among them")
         return {one: VersionError("it is gone") if one in self.gone else answer(one) for one in asked}
 
 
@@ -80,6 +83,16 @@ def test_a_version_that_is_gone_fails_alone() -> None:
         found = await asyncio.gather(*map(canaries.ask, ASKED), return_exceptions=True)
         assert isinstance(found[0], VersionError)
         assert found[1:] == list(map(answer, ASKED[1:]))
+
+    run(test)
+
+
+def test_one_that_cannot_be_computed_fails_alone() -> None:
+    async def test(compute: Compute, canaries: Canaries) -> None:
+        compute.impossible = {ASKED[1]}
+        found = await asyncio.gather(*map(canaries.ask, ASKED), return_exceptions=True)
+        assert isinstance(found[1], ArithmeticError)
+        assert [found[0], found[2]] == [answer(ASKED[0]), answer(ASKED[2])]
 
     run(test)
 

@@ -21,8 +21,9 @@ from weft.actors.episode import Chat
 from weft.actors.lora import SlabLayout, linear_shapes, resolve_targets
 from weft.actors.model import read_config
 from weft.actors.peft_folder import write_peft_folder
-from weft.actors.preflight import max_lora_rank, preflight
+from weft.actors.preflight import check_ranks, max_lora_rank, preflight
 from weft.configs.build import SettingError
+from weft.configs.compose import compose
 from weft.configs.expand import expand
 from weft.configs.schema import Config
 
@@ -92,6 +93,16 @@ def test_the_samplers_rank_is_the_smallest_that_vllm_takes_and_that_holds_every_
         assert max_lora_rank(configure(tmp_path, {"lora": {"rank": rank}})) == expected
     assert max_lora_rank(configure(tmp_path, cluster={"sampler": {"max_lora_rank": 64}})) == 64
     assert "must be one of 1, 8, 16" in refusal(configure(tmp_path, cluster={"sampler": {"max_lora_rank": 24}}))
+
+
+def test_a_rank_that_a_gpu_trainers_kernels_do_not_hold_is_refused_there_alone(tmp_path: Path) -> None:
+    for rank, gpus, refused in ((256, 1, True), (128, 1, False), (256, 0, False)):
+        config = configure(tmp_path, {"lora": {"rank": rank}}, cluster={"gpus_per_trainer": gpus})
+        if refused:
+            with pytest.raises(SettingError, match=r"adapters\.calc\.lora\.rank=256: must be at most 128 where trainers run"):
+                check_ranks(config)
+        else:
+            check_ranks(config)
 
 
 def test_target_modules_that_the_model_lacks_are_refused_with_those_it_has(tmp_path: Path) -> None:
@@ -219,6 +230,26 @@ def test_a_jsonl_file_is_read_to_its_end(tmp_path: Path) -> None:
     settings = {"path": str(file)}
     message = refusal(configure(tmp_path, {"environment": {"target": "jsonl", "settings": settings}}))
     assert str(file) in message
+
+
+def test_a_file_with_fewer_held_out_rows_than_are_asked_for_is_told_of_once(tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"q{i}", "answer": i}) + "\n" for i in range(60)))
+
+    def told(eval_prompts: int) -> tuple[str, ...]:
+        environment = {"target": "jsonl", "settings": {"path": str(file), "held_out_fraction": 0.5}}
+        config = configure(tmp_path, {"environment": environment, "eval_prompts": eval_prompts}, sweep={"lora.rank": [2, 4]})
+        assert len(config.adapters) == 2
+        return preflight(config)
+
+    assert told(0) == told(10) == ()
+    (said,) = told(60)
+    assert str(file) in said and "eval_prompts=60" in said
+
+
+@pytest.mark.parametrize("adapters", ["demo", "single"])
+def test_what_ships_is_told_of_nothing(tmp_path: Path, adapters: str) -> None:
+    assert preflight(expand(compose([f"adapters={adapters}", f"run.dir={tmp_path / 'out'}", "cluster.dashboard_port=0"]))) == ()
 
 
 def test_gpus_that_are_not_there_are_said_with_those_that_are(tmp_path: Path) -> None:

@@ -126,3 +126,12 @@ def test_a_message_names_the_setting_by_its_path(sections: dict[str, Any], messa
     with pytest.raises(SettingError) as caught:
         expand(sections)
     assert message in str(caught.value)
+
+
+def test_a_path_of_the_users_home_is_where_the_home_is(monkeypatch, tmp_path):
+    """No shell expands what stands behind a `=`: a folder named ~ would be made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = {"run": {"dir": "~/out"}, "adapters": {"a": {"lora": {"warm_start": "~/peft"}}, "b": {}}}
+    config = expand(settings)
+    assert config.run.dir == str(tmp_path / "out")
+    assert [one.lora.warm_start for one in config.adapters] == [str(tmp_path / "peft"), None]

@@ -194,6 +194,26 @@ def test_close_from_another_thread_ends_the_wait(store: RendezvousStore):
     timer.join()
 
 
+@pytest.mark.parametrize("formed_before", [False, True])
+def test_a_close_just_as_a_broadcast_begins_ends_it_at_once(member: Make, store: RendezvousStore, monkeypatch, formed_before):
+    """The clock is what a broadcast looks at first: at that moment another thread closes the group."""
+    root = formed(store, "1", [member()]) if formed_before else BroadcastGroup(store.address, "1", 0, 2, "gloo", LONG_S)
+    now = time.monotonic
+
+    def close_meanwhile() -> float:
+        monkeypatch.setattr(time, "monotonic", now)
+        closing = threading.Thread(target=root.close)
+        closing.start()
+        closing.join()
+        return now()
+
+    monkeypatch.setattr(time, "monotonic", close_meanwhile)
+    started = now()
+    with pytest.raises(PeerDiedError, match="group 1"):
+        root.broadcast(torch.zeros(1))
+    assert now() - started < 5
+
+
 def test_a_store_that_is_not_there_is_a_rendezvous_error_at_once():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
