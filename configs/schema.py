@@ -99,6 +99,8 @@ class LossConfig:
         _check(self.correction_cap >= 1, "correction_cap", self.correction_cap, "at least 1")
         uncorrected = self.correction == "none" or self.name != "cross_entropy"
         _check(uncorrected, "correction", self.correction, "none with name=cross_entropy, which has no ratio to correct")
+        weighed = self.advantage == "auto" or self.name != "cross_entropy"
+        _check(weighed, "advantage", self.advantage, "auto with name=cross_entropy, whose rows weigh what their reward is")
 
     @property
     def estimator(self) -> str:
@@ -282,7 +284,6 @@ class ClusterConfig:
         _check(self.gpus_per_trainer <= 1, "gpus_per_trainer", self.gpus_per_trainer, "at most 1: more trainers use more cards")
         _check(0 <= self.dashboard_port < 65536, "dashboard_port", self.dashboard_port, "from 0 to 65535; 0 is any free port")
         _check(self.start_deadline_s > 0, "start_deadline_s", self.start_deadline_s, "above 0")
-
 
     @property
     def tensor_parallel(self) -> int:

@@ -883,7 +883,7 @@ ALONE = """
                 while True:  # vLLM hears of a death on a thread of its own, a little later
                     await sampler.handle(GetStatistics())
                     await asyncio.sleep(0)
-        except Exception as error:
+        except Exception as error:  # whatever it is, the test looks at its name
             print("fault", type(error).__name__, sampler.fatal.done() and type(sampler.fatal.exception()).__name__, flush=True)
         await sampler.aclose()
 

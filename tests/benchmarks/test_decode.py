@@ -22,7 +22,7 @@ from weft.kernels.logprob import token_logprobs
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import decode  # noqa: E402
+import decode  # noqa: E402 they are no package: their folder is put on the path first
 import decode_check  # noqa: E402
 import decode_plot  # noqa: E402
 from decode_check import Apart, check_greedy, judge, pairs_of  # noqa: E402

@@ -74,6 +74,7 @@ def test_every_setting_but_an_adapters_name_has_a_default() -> None:
         (AdapterConfig, {"optimizer": {"betas": [0.9]}}, "a.optimizer.betas=[0.9]: must have 2 values"),
         (AdapterConfig, {"optimizer": {"learning_rate": "fast"}}, "a.optimizer.learning_rate='fast': must be of type float"),
         (AdapterConfig, {"loss": {"name": "grop"}}, "a.loss.name='grop': must be one of importance_sampling, ppo, grpo"),
+        (AdapterConfig, {"loss": {"name": "cross_entropy", "advantage": "rloo"}}, "a.loss.advantage='rloo': must be auto with"),
         (AdapterConfig, {"sampling": {"temperature": 0}}, "a.sampling.temperature=0.0: must be from 0.01 to 2"),
         (AdapterConfig, {"sampling": {"temperature": 2.5}}, "a.sampling.temperature=2.5: must be from 0.01 to 2"),
         (AdapterConfig, {"sampling": {"stop": ["\n", ""]}}, "a.sampling.stop=('\\n', ''): must be texts that are not empty"),
