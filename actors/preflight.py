@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from weft.actors.affinity import engine_places
 from weft.actors.blame import shown
 from weft.actors.environment import Environment
 from weft.actors.environments.jsonl import Jsonl
@@ -38,6 +39,8 @@ def preflight(config: Config) -> tuple[str, ...]:
     check_gpus(config.cluster)
     check_vllm(config)
     folder = check_model(config)
+    if config.cluster.gpus_per_sampler:
+        check_places(config, folder, _card_bytes())
     use_working_directory()
     tokenizer = _tokenizer(config.model, folder)
     loaded: dict[str, Environment] = {}
@@ -179,6 +182,28 @@ def check_model(config: Config) -> str:
         raise SettingError(f"cluster.sampler.max_model_len={wanted}: {rule}")
     check_split(config.cluster, found, config.model.path)
     return folder
+
+
+def check_places(config: Config, folder: str, card_bytes: int) -> None:
+    """What each sampler keeps a place for, every live version at the engine's rank, fits the memory that it may take."""
+    from weft.actors.lora import SlabLayout, linear_shapes
+    from weft.actors.model import read_config
+
+    cluster, rank = config.cluster, max_lora_rank(config)
+    places, _ = engine_places([adapter.live_versions for adapter in config.adapters], cluster.samplers)
+    shapes = linear_shapes(read_config(folder))
+    place = SlabLayout.build(shapes, list(shapes), rank).numel * 2 / cluster.tensor_parallel  # bytes, in bfloat16
+    room = card_bytes * cluster.sampler.gpu_memory_utilization
+    if places * place > room:
+        needed = f"each sampler needs {places} places of {place / 1e6:.0f} MB (rank {rank}), {places * place / 1e9:.0f} GB"
+        rule = "must be fewer, of lower rank or max_staleness, or on more samplers"
+        raise SettingError(f"adapters: {rule}: {needed}, and may take {room / 1e9:.0f} GB of its card")
+
+
+def _card_bytes() -> int:
+    import torch
+
+    return int(torch.cuda.get_device_properties(0).total_memory)
 
 
 def check_split(cluster: ClusterConfig, model: Mapping[str, Any], path: str) -> None:

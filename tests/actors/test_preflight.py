@@ -21,13 +21,13 @@ from weft.actors.episode import Chat
 from weft.actors.lora import SlabLayout, linear_shapes, resolve_targets
 from weft.actors.model import read_config
 from weft.actors.peft_folder import write_peft_folder
-from weft.actors.preflight import check_ranks, max_lora_rank, preflight
+from weft.actors.preflight import check_places, check_ranks, max_lora_rank, preflight
 from weft.configs.build import SettingError
 from weft.configs.compose import compose
 from weft.configs.expand import expand
 from weft.configs.schema import Config
 
-TASK = '''
+TASK = """
 from weft.actors.environment import Prompt, Reply
 
 class Riddles:
@@ -63,7 +63,7 @@ class NoRespond:
     num_prompts = 3
     def prompt(self, index, held_out):
         return Prompt([{"role": "user", "content": "hello"}])
-'''
+"""
 
 
 @pytest.fixture
@@ -103,6 +103,19 @@ def test_a_rank_that_a_gpu_trainers_kernels_do_not_hold_is_refused_there_alone(t
                 check_ranks(config)
         else:
             check_ranks(config)
+
+
+def test_more_live_versions_than_a_samplers_memory_holds_are_refused_with_both_sizes(tmp_path: Path) -> None:
+    """The tiny base at rank 8: every adapter has max_staleness + 2 places."""
+    half = {"sampler": {"gpu_memory_utilization": 0.5}}
+    config = configure(tmp_path, {"max_staleness": 1}, cluster=half)
+    shapes = linear_shapes(read_config(tiny_path()))
+    place = 2 * 8 * sum(inside + outside for outside, inside in shapes.values())
+    check_places(config, tiny_path(), 2 * 3 * place)
+    with pytest.raises(SettingError, match="each sampler needs 3 places of .*rank 8"):
+        check_places(config, tiny_path(), 2 * 3 * place - 2)
+    split = configure(tmp_path, {"max_staleness": 1}, cluster={"gpus_per_sampler": 2, **half})
+    check_places(split, tiny_path(), 3 * place)
 
 
 def test_target_modules_that_the_model_lacks_are_refused_with_those_it_has(tmp_path: Path) -> None:
