@@ -152,8 +152,9 @@ def _run(config: Config, console: Console) -> int:
             if not mistakes and _is_finished(config):
                 _say_finished(folder, console)
                 return FINISHED
+        notices: Sequence[str] = ()
         try:
-            preflight(config)
+            notices = preflight(config)
         except SettingError as error:
             mistakes.insert(0, error)
         if mistakes:  # one line each: the configuration's own does not hide behind that it is not the earlier run's
@@ -162,7 +163,7 @@ def _run(config: Config, console: Console) -> int:
             _take_folder(config, held, is_held, console)
         if found:
             console.print(goes_on(config.adapters, found, console.width), highlight=False)
-        statistics = _train(config, console)
+        statistics = _train(config, notices, console)
         return _close(config, statistics, time.monotonic() - began, console)
 
 
@@ -238,10 +239,13 @@ def _say_finished(folder: Path, console: Console) -> None:
     console.print("run.fresh=true starts it anew (and moves what is there aside); a larger num_steps goes on", highlight=False)
 
 
-def _train(config: Config, console: Console) -> PipelineStatistics:
-    """The run itself. Raises KeyboardInterrupt when it is interrupted, a single exception for whatever else ended it."""
+def _train(config: Config, notices: Sequence[str], console: Console) -> PipelineStatistics:
+    """The run itself. notices: what to warn of as it begins.
+
+    Raises KeyboardInterrupt when it is interrupted, a single exception for whatever else ended it.
+    """
     try:
-        return uvloop.run(_session(config, console))
+        return uvloop.run(_session(config, notices, console))
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
     except BaseExceptionGroup as group:
@@ -251,7 +255,7 @@ def _train(config: Config, console: Console) -> PipelineStatistics:
         raise
 
 
-async def _session(config: Config, console: Console) -> PipelineStatistics:
+async def _session(config: Config, notices: Sequence[str], console: Console) -> PipelineStatistics:
     """Start the cluster and its pools, run the pipeline on them, end them."""
     from weft.actors.cluster import Cluster, RayMetrics
     from weft.actors.wiring import open_pools
@@ -275,7 +279,7 @@ async def _session(config: Config, console: Console) -> PipelineStatistics:
             console.print(f"Ray dashboard: {cluster.dashboard}", highlight=False)
         async with open_pools(config, cluster, str(cluster.shared_folder)) as running:
             await running.wait_ready(tell)
-            return await _watch(config, running, cluster.dashboard, RayMetrics(), console)
+            return await _watch(config, notices, running, cluster.dashboard, RayMetrics(), console)
 
 
 def _end_without_terminal(task: asyncio.Task[PipelineStatistics], streams: Sequence[int]) -> None:
@@ -288,7 +292,7 @@ def _end_without_terminal(task: asyncio.Task[PipelineStatistics], streams: Seque
 
 
 async def _watch(
-    config: Config, running: RunningPools, dashboard: str, gauges: RayMetrics, console: Console
+    config: Config, notices: Sequence[str], running: RunningPools, dashboard: str, gauges: RayMetrics, console: Console
 ) -> PipelineStatistics:
     """Run the pipeline under the eyes of the table and the metrics."""
     pipeline: Pipeline
@@ -307,6 +311,8 @@ async def _watch(
         members = Members(asked, lambda: statistics().time, metrics)
         pipeline = Pipeline(config.run, config.cluster.trainer, pools, (metrics, trace, table), time.monotonic)
         shown.enter_context(table)
+        for notice in notices:
+            pipeline.warn(notice)
         async with asyncio.TaskGroup() as tasks:
             beside = [tasks.create_task(table.run()), tasks.create_task(members.run())]
             done = await pipeline.run(config.adapters)

@@ -125,6 +125,10 @@ class Pipeline:
         adapter.interrupt(None)
         await adapter.gone.wait()
 
+    def warn(self, message: str) -> None:
+        """Say, once, what the user should know of the run as a whole."""
+        self._journal.warn_once("", message)
+
     def statistics(self) -> PipelineStatistics:
         """Everything now."""
         adapters = {name: adapter.statistics(self._share.in_flight(name)) for name, adapter in self._adapters.items()}

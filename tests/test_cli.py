@@ -10,13 +10,14 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from weft.actors.base_model import tiny_path
@@ -26,7 +27,7 @@ from weft.actors.peft_folder import write_peft_folder
 from weft.configs.build import SettingError
 from weft.configs.compose import compose, descriptions
 from weft.configs.expand import expand, to_mapping
-from weft.configs.schema import AdapterConfig
+from weft.configs.schema import AdapterConfig, Config
 from weft.pipeline import main as command
 from weft.pipeline.adapter import Progress
 from weft.pipeline.checkpoint import Checkpoints
@@ -146,6 +147,17 @@ def test_a_jsonl_line_that_is_wrong_is_named_by_file_and_line(tmp_path: Path, ca
     said = refused(capsys, "environment=jsonl", "environment.settings.path=q.jsonl")
     assert "answer" in said
     assert "2" in said.split("q.jsonl", 1)[1]
+
+
+def test_what_the_checks_have_to_say_is_the_runs_to_warn_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def begun(config: Config, notices: Sequence[str], console: Console) -> None:
+        (said,) = notices
+        assert said.startswith("q.jsonl has ") and said.endswith(", fewer than eval_prompts=64: they are asked again")
+        raise KeyboardInterrupt
+
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"prompt": f"q{i}", "answer": i}) + "\n" for i in range(60)))
+    monkeypatch.setattr(command, "_train", begun)
+    assert run("environment=jsonl", "environment.settings.path=q.jsonl", "sweep.rank=[2,4]") == command.INTERRUPTED
 
 
 def test_a_port_in_use_is_refused(capsys: Output) -> None:

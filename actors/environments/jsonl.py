@@ -53,11 +53,20 @@ class Jsonl:
             if not rows:
                 raise ValueError(f"held_out_fraction={held_out_fraction!r}: leaves no {side} row in {path}")
         self._training, self._held_out = sides
+        self._path, self._fraction = path, held_out_fraction
 
     @property
     def num_prompts(self) -> int:
         """Training rows of the file."""
         return len(self._training)
+
+    def reused(self, prompts: int) -> str:
+        """What to say of so many held-out prompts where the rows are fewer; empty where they are not."""
+        rows = len(self._held_out)
+        if prompts <= rows:
+            return ""
+        told = f"{rows} held-out row{'s' * (rows > 1)} (held_out_fraction={self._fraction:g})"
+        return f"{self._path} has {told}, fewer than eval_prompts={prompts}: they are asked again"
 
     def prompt(self, index: int, held_out: bool) -> Prompt:
         """Row `index` of one side, in the file's order, round and round."""

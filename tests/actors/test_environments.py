@@ -17,6 +17,7 @@ from weft.actors.environment import Environment, Prompt, Reply
 from weft.actors.environments.answer import extract_answer, last_number
 from weft.actors.environments.arithmetic import evaluate, show
 from weft.actors.environments.calculator import TOOLS, Calculator, parse_calls
+from weft.actors.environments.jsonl import Jsonl
 from weft.actors.environments.load import load_environment, num_prompts
 from weft.actors.environments.split import is_held_out
 
@@ -246,6 +247,15 @@ def test_jsonl_takes_chat_messages_and_goes_round_and_round(tmp_path) -> None:
     assert environment.prompt(count, False) == environment.prompt(0, False)
     assert environment.prompt(0, False).messages[0] == {"role": "system", "content": "Be kind."}
     assert len({text_of(environment.prompt(i, True)) for i in range(100)}) == 40 - count
+
+
+def test_jsonl_says_when_held_out_rows_are_fewer_than_are_asked_for(tmp_path) -> None:
+    path = write(tmp_path / "rows.jsonl", *({"prompt": f"say {i}", "answer": i} for i in range(30)))
+    environment = Jsonl(path=path, held_out_fraction=0.2)
+    rows = 30 - environment.num_prompts
+    assert [environment.reused(prompts) for prompts in (0, 1, rows)] == ["", "", ""]
+    said = environment.reused(rows + 1)
+    assert all(word in said for word in (path, f"{rows} held-out rows", "held_out_fraction=0.2", f"eval_prompts={rows + 1}"))
 
 
 def test_jsonl_reward_functions_sync_and_async(tmp_path, graders: str) -> None:

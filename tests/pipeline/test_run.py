@@ -83,6 +83,18 @@ def test_whose_run_goes_on_after_it_has_learnt_all_is_not_warned_of(simulation, 
         assert (outcome.statistics.adapters["a"].version, outcome.statistics.warnings) == (steps, ())
 
 
+def test_what_is_to_be_warned_of_as_a_run_begins_is_warned_of_once(simulation, memory_folder):
+    async def main():
+        simulated = simulation.Simulation(simulation.World(random.Random(0)), memory_folder)
+        for _ in range(2):
+            simulated.pipeline.warn("few rows")
+        return await simulated.run([simulation.adapter_config("a")])
+
+    outcome = simulation.run_virtual(main)
+    assert outcome.statistics.warnings == ("few rows",)
+    assert [(event.adapter, event.message) for event in outcome.events if isinstance(event, Warned)] == [("", "few rows")]
+
+
 @pytest.mark.parametrize("bound", [1, 2, 3])
 def test_the_staleness_bound_is_reached(simulation, memory_folder, bound):
     config = simulation.adapter_config("a", max_staleness=bound, num_steps=8)
