@@ -226,6 +226,16 @@ def test_sockets_that_would_not_fit_are_refused(tmp_path: Path, monkeypatch: pyt
     assert refusal(configure(tmp_path)).startswith(f"TMPDIR={str(deep)!r}: must be at most ")
 
 
+def test_a_port_in_use_hides_no_other_mistake(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        cluster = {"dashboard_port": taken.getsockname()[1]}
+        assert refusal(configure(tmp_path, cluster=cluster)).startswith("cluster.dashboard_port=")
+        other = {"environment": {"target": "no.such.Task"}}
+        assert "environment.target='no.such.Task'" in refusal(configure(tmp_path, other, cluster=cluster))
+
+
 def test_a_jsonl_file_is_read_to_its_end(tmp_path: Path) -> None:
     file = tmp_path / "questions.jsonl"
 

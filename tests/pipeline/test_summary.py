@@ -86,6 +86,16 @@ def test_the_closing_table_fits_a_terminal_and_names_what_failed(finished, width
     assert closing_table(finished[0]).row_count == 8
 
 
+def test_warnings_stand_below_the_table_five_at_most_and_the_others_are_counted(finished):
+    for number, shown in ((0, 0), (5, 5), (8, 5)):
+        summary = finished[0] | {"warnings": [f"warning {index}: [of] its own" for index in range(number)]}
+        with (console := Console(width=100)).capture() as captured:
+            print_closing(summary, console)
+        told = captured.get()
+        assert [f"warning {index}: [of] its own\n" in told for index in range(number)] == [index < 5 for index in range(number)]
+        assert (f"{number - shown} more warnings are in summary.json" in told) == (number > shown)
+
+
 def test_the_last_lines_say_the_work_of_a_step_and_the_split_for_it(tmp_path, synthetic_run):
     with Metrics(tmp_path) as metrics:
         run = synthetic_run(num_steps=6)

@@ -53,6 +53,16 @@ def test_the_table_names_its_run_the_dashboard_and_the_pools(synthetic_run):
     assert "samplers ━" in told and "trainer ━" in told and "/96 rollouts" in told
 
 
+@pytest.mark.parametrize("width", [80, 99, 100])
+def test_the_dashboards_address_takes_no_room_that_the_run_needs(width, synthetic_run):
+    run, console = synthetic_run(num_steps=10), terminal(width)
+    table = LiveTable(run.statistics, "tiny", "http://127.0.0.1:8265", console)
+    half_way(run, table)
+    header = drawn(table, console).splitlines()[0]
+    assert "staleness violations 0" in header, "whole"
+    assert ("http://127.0.0.1:8265" in header) == (width >= 100)
+
+
 def test_what_failed_is_said_below_the_table(synthetic_run):
     run, console = synthetic_run(num_steps=4, fail="sorting"), terminal(100)
     table = LiveTable(run.statistics, "tiny", "", console)
