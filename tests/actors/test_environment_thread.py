@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import threading
 from collections.abc import Callable
@@ -152,11 +153,99 @@ def test_a_closed_one_leaves_no_thread() -> None:
     async def law() -> None:
         environment = EnvironmentThread("closed", Task())
         await prompt_of(environment)
-        (thread,) = (thread for thread in threading.enumerate() if thread.name == "environment of closed")
+        thread = thread_of("closed")
         environment.close()
         await asyncio.to_thread(thread.join, 10)
         assert not thread.is_alive()
         environment.close()
+
+    asyncio.run(law())
+
+
+def thread_of(name: str) -> threading.Thread:
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == f"environment of {name}")
+    return thread
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+def test_closing_lets_what_is_under_way_end_in_order_and_whoever_waits_learns_at_once(given_up: bool) -> None:
+    async def law() -> None:
+        environment, told = EnvironmentThread("leaving", Task()), list[str]()
+        begun, ending = threading.Event(), threading.Event()
+
+        async def beside() -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                raise SystemExit  # a user's own, in the loop's next turn: the others' ends go on
+
+        async def call(task: Environment) -> None:
+            loop = asyncio.get_running_loop()
+            own = [loop.create_task(beside()) for _ in range(2)]
+            try:
+                begun.set()
+                await asyncio.Event().wait()
+            finally:
+                ending.set()
+                for step in range(20):
+                    told.append(f"step {step}")
+                    await asyncio.sleep(0.001)
+                told.append(f"{sum(one.done() for one in own)} beside it")
+
+        async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
+            waiting = tasks.create_task(fault_of(environment.run("its environment's respond", call)))
+            await asyncio.to_thread(begun.wait)
+            thread = thread_of("leaving")
+            if given_up:  # by whoever waited, and it is about to end already
+                waiting.cancel()
+                await asyncio.to_thread(ending.wait)
+            environment.close()
+            assert given_up or "its environment's respond" in str(await waiting)
+            await asyncio.to_thread(thread.join)
+        assert told == [*(f"step {step}" for step in range(20)), "2 beside it"]
+
+    asyncio.run(law())
+
+
+async def heedless(released: threading.Event) -> None:
+    while not released.is_set():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(0.001)
+
+
+async def stuck(released: threading.Event) -> None:
+    released.wait()
+
+
+@pytest.mark.parametrize("way", [heedless, stuck])
+def test_who_waits_for_a_task_that_heeds_no_close_learns_at_once_too(way: Any, released: threading.Event) -> None:
+    async def law() -> None:
+        environment, begun = EnvironmentThread("heedless", Task()), threading.Event()
+
+        async def call(task: Environment) -> None:
+            begun.set()
+            await way(released)
+
+        async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
+            waiting = tasks.create_task(fault_of(environment.run("its environment's respond", call)))
+            await asyncio.to_thread(begun.wait)
+            thread = thread_of("heedless")
+            environment.close()
+            await waiting
+            assert thread.is_alive()
+            if way is stuck:
+                released.set()
+            await asyncio.to_thread(thread.join)  # a heedless one has its second, and no more
+
+    asyncio.run(law())
+
+
+def test_a_closed_one_refuses_at_once() -> None:
+    async def law() -> None:
+        environment = EnvironmentThread("closed", Task())
+        environment.close()
+        async with asyncio.timeout(10):
+            assert "closed" in str(await fault_of(prompt_of(environment)))
 
     asyncio.run(law())
 
