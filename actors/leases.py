@@ -18,13 +18,15 @@ from weft.transport.messages import AdapterRef
 @dataclass
 class Version:
     """One set of weights in the engine. lora_id: its number there; leases: rollouts that may still name it; retired: no new one
-    may; installing: it has a place, and is nobody's yet; removing: the engine may have let go of it, so it never comes back."""
+    may; installing: it has a place, and is nobody's yet; dropped: its adapter has left meanwhile; removing: the engine may have
+    let go of it, so it never comes back."""
 
     ref: AdapterRef
     lora_id: int
     leases: int = 0
     retired: bool = False
     installing: bool = False
+    dropped: bool = False
     removing: bool = False
 
 
@@ -72,8 +74,8 @@ class Leases:
         return version
 
     def publish(self, version: Version) -> None:
-        """From here on new rollouts may name it."""
-        version.retired = version.installing = False
+        """From here on new rollouts may name it; not one that was dropped, which stays retired and is removable now."""
+        version.installing, version.retired = False, version.dropped
 
     def give_up(self, version: Version) -> None:
         """Its install has failed, and the engine may hold something of it: it is removable."""
@@ -119,10 +121,10 @@ class Leases:
             self._versions[ref].retired = True
 
     def retire_all(self, name: str) -> None:
-        """Retire every version of one adapter."""
+        """Retire every version of one adapter, which has left: one that is being installed is never offered."""
         for version in self._versions.values():
             if version.ref.name == name:
-                version.retired = True
+                version.retired, version.dropped = True, version.installing
 
     def next_removable(self) -> Version | None:
         """A retired version that nobody leases: remove it from the engine, then `forget` it.

@@ -230,6 +230,8 @@ class Sampler:
         else:
             self._leases.publish(version)
             self._installs += 1
+            if version.dropped:
+                await self._remove_retired()
         finally:
             if self._announced.get(version.ref) is announced:  # else it has been announced again
                 del self._announced[version.ref]

@@ -94,6 +94,20 @@ def test_a_reserved_version_is_nobodys_before_it_is_published() -> None:
     assert leases.holds(ref(0))
 
 
+def test_a_version_whose_adapter_leaves_while_it_is_installed_is_never_offered_and_its_place_is_free() -> None:
+    leases = Leases(3)
+    install(leases, ref(0))
+    version, other = [leases.reserve(ref(1, name), leases.new_id()) for name in "ab"]
+    leases.retire_all("a")
+    assert removed(leases) == [ref(0)], "the engine is at work on the other one"
+    leases.publish(version)
+    leases.publish(other)
+    assert not leases.holds(version.ref) and leases.holds(other.ref)
+    with pytest.raises(InstallError):
+        leases.acquire(version.ref)
+    assert removed(leases) == [version.ref] and leases.live == (other.ref,)
+
+
 def test_ids_are_never_reused() -> None:
     leases = Leases(1)
     seen = set()

@@ -772,6 +772,25 @@ def test_a_canary_that_never_comes_ends_the_install_and_leaves_nothing(bench: Be
     bench.run(law())
 
 
+def test_an_adapter_that_leaves_while_its_version_is_installed_leaves_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def law() -> None:
+        ref, score = AdapterRef(await bench.add(), 0, 1), bench.sampler._engine.score
+
+        async def scoring(tokens: Any, version: Any) -> float:
+            found = await score(tokens, version)
+            await bench.sampler.handle(DropAdapter(ref.name))
+            return found
+
+        monkeypatch.setattr(bench.sampler._engine, "score", scoring)
+        await bench.publish(bench.reference.slab(ref))
+        assert (await bench.statistics()).live_versions == ()
+        assert (await bench.sampler._engine.call("slab_statistics"))["lora_ids"] == []
+
+    bench.run(law())
+
+
 def test_a_version_told_twice_is_installed_once(bench: Bench) -> None:
     async def law() -> None:
         ref = AdapterRef(await bench.add(), 0, 1)
