@@ -171,10 +171,9 @@ def print_closing(summary: Mapping[str, Any], console: Console) -> None:
 
 
 def told_time(summary: Mapping[str, Any]) -> str:
-    """Of the command; of a run that was resumed in all, its earlier sessions from when their pools were ready."""
-    now, earlier = summary["wall_seconds"], summary["session_seconds"][:-1]
-    whole = f"{duration(now + sum(earlier))} in all"
-    return f"{whole}, {duration(now)} this time" if earlier else whole
+    """Of the command. Of the earlier sessions of a run that was resumed the journal knows how long their pools ran."""
+    now, earlier = duration(summary["wall_seconds"]), summary["session_seconds"][:-1]
+    return f"{now} this time, {duration(sum(earlier))} of running before" if earlier else f"{now} in all"
 
 
 def busy_shares(summary: Mapping[str, Any]) -> tuple[float, float]:

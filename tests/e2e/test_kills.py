@@ -66,7 +66,7 @@ def test_a_killed_driver_goes_on_from_its_checkpoints_and_leaves_no_process(weft
     adapters_ = again.summary()["adapters"]
     assert {name: adapter["version"] for name, adapter in adapters_.items()} == dict.fromkeys(NAMES, STEPS)
     assert len(again.steps()) > steps_before, "it was killed in the middle"
-    assert " in all, " in again.output() and " this time" in again.output()
+    assert " this time, " in again.output() and " of running before" in again.output()
     told = {name: int(step) for name, step in re.findall(r"(\S+) from step (\d+)", again.output())}
     trace = json.loads((run.folder / "trace.json").read_text())
     assert [record["name"] for record in trace if record["ph"] == "i"].count("resumed") == 1

@@ -118,8 +118,7 @@ def test_the_last_lines_say_the_work_of_a_step_and_the_split_for_it(tmp_path, sy
     assert any(line.startswith("recommended split of 7 GPUs") for line in told_work(wide))
 
 
-def test_the_closing_time_is_of_all_sessions_and_of_this_one_where_there_were_several(tmp_path, synthetic_run):
-    """Of earlier ones what the journal knows: from when their pools were ready."""
+def test_the_closing_time_is_said_to_be_of_this_session_where_there_were_others_and_what_those_ran(tmp_path, synthetic_run):
     earlier = 0.0
     for session in range(3):
         run = synthetic_run(seed=session, num_steps=6)
@@ -128,9 +127,9 @@ def test_the_closing_time_is_of_all_sessions_and_of_this_one_where_there_were_se
                 metrics(event)
         with (console := Console(width=120)).capture() as captured:
             print_closing(summarize(run.statistics(), History.read(tmp_path), run.now + 9.0), console)
-        (line,) = [line for line in captured.get().splitlines() if "in all" in line]
-        whole, this = duration(earlier + run.now + 9.0), duration(run.now + 9.0)
-        assert line.startswith(f"{whole} in all, {this} this time · " if session else f"{this} in all · ")
+        this = duration(run.now + 9.0)
+        told = f"{this} this time, {duration(earlier)} of running before · " if session else f"{this} in all · "
+        assert any(line.startswith(told) for line in captured.get().splitlines())
         earlier += run.now
 
 
