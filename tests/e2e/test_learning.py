@@ -67,12 +67,14 @@ def test_a_users_file_and_reward_a_sweep_and_a_warm_start_from_an_earlier_run(ru
         Path("out"), "environment=jsonl", "environment.settings.path=questions.jsonl",
         "environment.settings.reward=rewards.digits", "sweep.learning_rate=[1e-3,4e-3]",
         f"template.lora.warm_start={run.summary()['adapters']['letters']['peft_path']}", "template.lora.rank=4",
-        "template.lora.alpha=8", "every.num_steps=2", "every.batch_size=16", "every.group_size=4", "every.eval_prompts=4",
+        "template.lora.alpha=8", "every.num_steps=2", "every.batch_size=16", "every.group_size=4", "every.eval_prompts=8",
         "every.sampling.max_tokens=8", "cluster.dashboard_port=0", cwd=tmp_path,
     )  # fmt: skip
     assert own.wait() == 0, own.output()[-4000:]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert len(summary["adapters"]) == 2
+    (warned,) = [warning for warning in summary["warnings"] if "questions.jsonl has " in warning]
+    assert "fewer than eval_prompts=8" in warned and warned in own.output()
     assert all(adapter["state"] == "finished" and adapter["version"] == 2 for adapter in summary["adapters"].values())
     steps = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert max(step["logprob_diff"] for step in steps if "logprob_diff" in step) < 1e-3
