@@ -34,10 +34,11 @@ def blamed_on(name: str, what: str) -> Iterator[None]:
         raise AdapterFault(said, kind, shown(error, _formatted)) from error
 
 
-def shown(value: object, how: Callable[..., str] = str) -> str:
-    """`how(value)`, whatever that raises, so that it can travel: not without end, and no half of a surrogate pair."""
+def shown(value: object, how: Callable[..., str] = str, most: int | None = SHOWN) -> str:
+    """`how(value)`, whatever that raises, so that it can travel: of `most` characters at most, and no half of a surrogate
+    pair."""
     try:
-        return str.encode(how(value), errors="replace").decode()[:SHOWN]
+        return str.encode(how(value), errors="replace").decode()[:most]
     except BaseException as error:  # noqa: BLE001  it is a user's __str__ or __repr__
         return f"(cannot be shown: {type(error).__name__})"
 

@@ -23,6 +23,7 @@ import numpy as np
 from weft.actors.blame import blamed_on, shown
 from weft.actors.environment import MAX_REWARD, ChatMessage, Environment, Prompt, Reply
 from weft.actors.environment_thread import EnvironmentThread
+from weft.actors.transcript import transcript
 from weft.transport.messages import UNSAMPLED, AdapterRef, Sample
 
 _SENTINEL = "weft2718281828sentinel"  # stands for an assistant's words; no template changes it, no user writes it
@@ -165,6 +166,7 @@ async def run_episode(
         turns=index + 1,
         truncated=truncated,
         metrics=metrics,
+        messages=transcript(turns),
     )
 
 

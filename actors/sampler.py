@@ -25,6 +25,7 @@ from weft.actors.environments.load import load_environment, num_prompts
 from weft.actors.episode import Bounds, Chat, Turn, run_episode, seed_of
 from weft.actors.leases import Lease, Leases, Version
 from weft.actors.sampler_engine import CallError, Engine, engine_arguments
+from weft.actors.transcript import told, transcript
 from weft.configs.build import build
 from weft.configs.schema import AdapterConfig, SamplerConfig
 from weft.transport.errors import AdapterFault, EngineLostError, InstallError
@@ -310,10 +311,11 @@ class Sampler:
             for lease in leases:
                 self._leases.release(lease)
             await self._remove_retired()
-        samples = tuple(episode.result() for episode in episodes)
+        samples = told([episode.result() for episode in episodes], message.texts)
         oldest = min(int(sample.versions[sample.versions >= 0].min()) for sample in samples)
         ref = AdapterRef(message.ref.name, message.ref.lineage, oldest)
-        return Group(ref, message.prompt_index, samples, self._index)
+        asked = transcript(prompt.messages) if message.texts else ()
+        return Group(ref, message.prompt_index, samples, self._index, asked)
 
     async def _episode(
         self, adapter: _Adapter, message: Rollout, prompt: Prompt, tokens: Sequence[int], lease: Lease, sample: int

@@ -99,6 +99,7 @@ class SamplerPool:
         held_out: bool = False,
         seat: Seat | None = None,
         epoch: int = 0,
+        texts: bool = False,
     ) -> Group:
         """Waits until one of the samplers that serve the adapter is ready, and has its newest version.
 
@@ -107,7 +108,7 @@ class SamplerPool:
         if seat is None:
             seat = self.seat(ref.name, group_size)
             try:
-                return await self.rollout(ref, prompt_index, group_size, held_out, seat, epoch)
+                return await self.rollout(ref, prompt_index, group_size, held_out, seat, epoch, texts)
             finally:
                 self.leave(seat)
         while not self._members[seat.sampler].ready:
@@ -116,7 +117,7 @@ class SamplerPool:
                 await any_ready([member for member in self._members if not member.ready])
         member = self._members[seat.sampler]
         await self._sync.serve(ref.name, seat.sampler)
-        group: Group = await self._ask(member, messages.Rollout(ref, prompt_index, group_size, held_out, epoch))
+        group: Group = await self._ask(member, messages.Rollout(ref, prompt_index, group_size, held_out, epoch, texts))
         return group
 
     async def statistics(self) -> list[messages.SamplerStatistics]:

@@ -21,6 +21,7 @@ import numpy as np
 
 from weft.configs.schema import AdapterConfig
 from weft.pipeline.advantage import advantages
+from weft.pipeline.events import Transcript
 from weft.transport.errors import AdapterFault
 from weft.transport.messages import UNSAMPLED, AdapterRef, Array, Group, Sample, TrainBatch
 
@@ -40,12 +41,14 @@ class RolloutFigures:
 
 @dataclass(frozen=True)
 class Ready:
-    """All that one step needs. ages: the staleness of each group, none beyond the bound; token_ages: counted in the batch."""
+    """All that one step needs. ages: the staleness of each group, none beyond the bound; token_ages: counted in the batch;
+    transcripts: of its rollouts that came with texts."""
 
     batch: TrainBatch
     figures: RolloutFigures
     ages: tuple[int, ...]
     token_ages: Mapping[int, int]
+    transcripts: tuple[Transcript, ...]
 
 
 def make_batch(config: AdapterConfig, ref: AdapterRef, groups: Sequence[Group]) -> TrainBatch:
@@ -116,6 +119,28 @@ def figures(groups: Sequence[Group]) -> RolloutFigures:
         tokens_sampled=sum(sampled_tokens(sample) for sample in samples),
         environment={name: float(np.mean(values)) for name, values in own.items()},
     )
+
+
+def transcripts(groups: Sequence[Group]) -> tuple[Transcript, ...]:
+    """The rollouts that came with texts; of one group the worst rewarded first."""
+    told = [(group, sample) for group in groups for sample in sorted(group.samples, key=_reward) if sample.messages]
+    return tuple(
+        Transcript(
+            prompt_index=group.prompt_index,
+            versions=tuple(np.unique(sample.versions[sample.versions != UNSAMPLED]).tolist()),
+            reward=sample.reward,
+            tokens=sampled_tokens(sample),
+            turns=sample.turns,
+            truncated=sample.truncated,
+            prompt=group.prompt,
+            completion=sample.messages,
+        )
+        for group, sample in told
+    )
+
+
+def _reward(sample: Sample) -> float:
+    return sample.reward
 
 
 def _packed(arrays: Sequence[Array], dtype: type[np.generic]) -> Array:

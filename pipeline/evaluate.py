@@ -7,7 +7,8 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from weft.pipeline.batch import RolloutFigures, figures
+from weft.pipeline.batch import RolloutFigures, figures, transcripts
+from weft.pipeline.events import Transcript
 from weft.transport.messages import Group
 
 
@@ -17,6 +18,7 @@ class Evaluation:
 
     prompts: int
     figures: RolloutFigures
+    transcripts: tuple[Transcript, ...]  # of those that came with texts
 
 
 async def evaluate(
@@ -37,4 +39,4 @@ async def evaluate(
         faulted.add_done_callback(end)
     faulted.remove_done_callback(end)
     groups = [group for task in results if not task.cancelled() and (group := task.result()) is not None]
-    return Evaluation(prompts, figures(groups)) if len(groups) == prompts else None
+    return Evaluation(prompts, figures(groups), transcripts(groups)) if len(groups) == prompts else None

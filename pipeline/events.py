@@ -10,6 +10,7 @@ began, of the pipeline's clock. Nothing here can change the pipeline.
     LaunchEnded         one trainer launch, shared by some adapters   (throughput of the trainer)
     Synced              every sampler that needs a version has it     (the trace)
     StepTaken           one optimizer step, installed everywhere      (the JSONL line, TensorBoard, Prometheus)
+    SampleTold          a rollout of a step or an evaluation, to read (samples.jsonl alone)
     Evaluated           held-out prompts, before or after training
     CheckpointWritten   a state that survives `kill -9`
     AdapterFailed       one adapter's own fault; the others go on
@@ -151,6 +152,32 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Transcript:
+    """One rollout as text: role and content of each message of the prompt, and of each one since (tool outputs too)."""
+
+    prompt_index: int
+    versions: tuple[int, ...]  # that sampled it, ascending
+    reward: float
+    tokens: int  # sampled
+    turns: int
+    truncated: bool  # a turn ended for want of tokens
+    prompt: tuple[Mapping[str, str], ...]
+    completion: tuple[Mapping[str, str], ...]
+
+
+@dataclass(frozen=True)
+class SampleTold:
+    """Told right after the StepTaken or Evaluated that it belongs to. version: as there."""
+
+    time: float
+    adapter: str
+    lineage: int
+    version: int
+    held_out: bool
+    transcript: Transcript
+
+
+@dataclass(frozen=True)
 class CheckpointWritten:
     time: float
     adapter: str
@@ -197,6 +224,7 @@ Event = (
     | LaunchEnded
     | Synced
     | StepTaken
+    | SampleTold
     | Evaluated
     | CheckpointWritten
     | AdapterFailed

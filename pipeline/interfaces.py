@@ -52,9 +52,17 @@ class Samplers(Seats, Protocol):
     async def drop(self, name: str) -> None: ...
 
     async def rollout(
-        self, ref: AdapterRef, prompt_index: int, group_size: int, held_out: bool = False, seat: Seat = None, epoch: int = 0
+        self,
+        ref: AdapterRef,
+        prompt_index: int,
+        group_size: int,
+        held_out: bool = False,
+        seat: Seat = None,
+        epoch: int = 0,
+        texts: bool = False,
     ) -> Group:
-        """seat: taken by the caller, who gives it back; None: one is taken meanwhile, whether there is room or not."""
+        """seat: taken by the caller, who gives it back; None: one is taken meanwhile, whether there is room or not. texts: with
+        those of the best rewarded sample and of the worst."""
 
 
 class Trainers(Protocol):

@@ -18,8 +18,10 @@ from weft.pipeline.events import (
     Phase,
     PhaseChanged,
     RolloutsChanged,
+    SampleTold,
     StepTaken,
     Synced,
+    Transcript,
     Warned,
 )
 from weft.pipeline.schedule import Stepped
@@ -91,6 +93,7 @@ class Journal:
         """Say how an evaluation went."""
         own = result.figures
         self.tell(Evaluated(self.now(), adapter.name, adapter.version, final, own.reward, result.prompts, own.environment))
+        self._told(adapter, result.transcripts, held_out=True)
 
     def failed(self, adapter: Adapter, reason: str) -> None:
         """Say that the adapter's own fault ended it."""
@@ -124,7 +127,12 @@ class Journal:
                 environment=rollouts.environment,
             )
         )
+        self._told(adapter, ready.transcripts, held_out=False)
 
     def warnings(self) -> tuple[str, ...]:
         """All that was warned of."""
         return tuple(self._warnings)
+
+    def _told(self, adapter: Adapter, transcripts: Sequence[Transcript], held_out: bool) -> None:
+        for transcript in transcripts:
+            self.tell(SampleTold(self.now(), adapter.name, adapter.ref.lineage, adapter.version, held_out, transcript))

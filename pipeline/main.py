@@ -39,6 +39,7 @@ from weft.pipeline.members import Counting, Members
 from weft.pipeline.metrics import Metrics
 from weft.pipeline.recovery import KEEP, goes_on
 from weft.pipeline.run import Pipeline, leaves
+from weft.pipeline.samples import Samples
 from weft.pipeline.summary import print_closing, summarize, write_summary
 from weft.pipeline.table import make_table
 from weft.pipeline.trace import TRACE_FILE, Trace
@@ -309,7 +310,9 @@ async def _watch(
         pools = Pools(running.samplers, running.trainers, running.sync)
         asked: dict[str, Counting] = {"samplers": running.samplers, "trainers": running.trainers, "sync": running.sync}
         members = Members(asked, lambda: statistics().time, metrics)
-        pipeline = Pipeline(config.run, config.cluster.trainer, pools, (metrics, trace, table), time.monotonic)
+        samples = Samples(config.run.dir, metrics.session, lambda message: pipeline.warn(message))
+        observers = (metrics, trace, table, samples)
+        pipeline = Pipeline(config.run, config.cluster.trainer, pools, observers, time.monotonic)
         shown.enter_context(table)
         for notice in notices:
             pipeline.warn(notice)

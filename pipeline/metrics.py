@@ -38,6 +38,7 @@ from weft.pipeline.events import (
     MemberCounted,
     PipelineStatistics,
     RolloutsChanged,
+    SampleTold,
     StepTaken,
 )
 
@@ -125,13 +126,13 @@ class Metrics:
         self._clock = clock
         self._folder.mkdir(parents=True, exist_ok=True)
         self.session = count_sessions(self._folder)
-        self._steps = _open_lines(self._folder / METRICS_FILE)
-        self._events = _open_lines(self._folder / EVENTS_FILE)
+        self._steps = open_lines(self._folder / METRICS_FILE)
+        self._events = open_lines(self._folder / EVENTS_FILE)
         self._boards: dict[str, TensorBoard] = {}
         self._write(self._events, {"event": "Session", "session": self.session, "at": clock(), "pid": os.getpid()})
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, RolloutsChanged):
+        if isinstance(event, RolloutsChanged | SampleTold):  # of the trace, and of samples.jsonl
             return
         at = self._clock()
         if isinstance(event, StepTaken):
@@ -224,7 +225,7 @@ def count_sessions(folder: Path) -> int:
         return sum(line.startswith(b'{"event":"Session"') for line in file)
 
 
-def _open_lines(path: Path) -> Any:
+def open_lines(path: Path) -> Any:
     """Open for appending; a line that a crash cut short is ended, so that the next one is whole."""
     file = path.open("a+", encoding="utf-8")
     if file.tell() > 0:

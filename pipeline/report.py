@@ -15,6 +15,7 @@ from weft.pipeline.history import AdapterHistory, History
 from weft.pipeline.metrics import finite
 from weft.pipeline.palette import adapter_colour
 from weft.pipeline.plots import draw_held_out, draw_rewards, draw_staleness, save_png, style, to_svg
+from weft.pipeline.samples import newest_samples
 from weft.pipeline.summary import busy_shares, count, duration, told_work
 from weft.pipeline.timeline import draw_overlap, draw_pools
 
@@ -74,7 +75,8 @@ STEP_COLUMNS = (
 )
 MAX_STEPS = 400  # rows of one adapter's table: of more, evenly chosen ones, which is said
 MAX_SPLITS = 16  # rows of the table of splits
-MAX_TABLES = 64  # adapters with a table of steps
+MAX_TABLES = 64  # adapters with a table of steps, and with a rollout to read
+SAMPLES_CAPTION = "One rollout of each adapter's last evaluation or step; samples.jsonl holds some of every one."
 CSS = """
 :root { color-scheme: light dark; --ink: #1c2026; --muted: #667080; --grid: #e4e7eb; --faint: #c7ccd4; --paper: #ffffff;
   --page: #f6f7f9; --good: #217a48; --bad: #c8362d; }
@@ -104,6 +106,7 @@ tr:last-child td { border-bottom: 0; }
 .dot { display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 8px; }
 details { border-top: 1px solid var(--grid); padding: 8px 0; }
 summary { cursor: pointer; font-weight: 550; }
+pre.said { white-space: pre-wrap; overflow-wrap: anywhere; }
 pre { overflow: auto; max-height: 480px; background: var(--page); border-radius: 8px; padding: 12px 14px; font-size: 12.5px; }
 """.strip()
 
@@ -132,6 +135,7 @@ def write_report(
     body.append(_section("Samplers and trainers", _work_caption(summary["work"]), _splits(summary["work"])))
     body.append(_failures(summary))
     body.append(_section("What differs between the adapters", "", _differences(settings)))
+    body.append(_section("What they wrote last", SAMPLES_CAPTION, "".join(_samples(history, newest_samples(folder)))))
     body.append(_section("Steps", _steps_caption(history), "".join(_steps(history))))
     text = escape(json.dumps(finite(settings), indent=2, default=str))
     body.append(_section("Configuration", "", f"<details><summary>all settings</summary><pre>{text}</pre></details>"))
@@ -267,6 +271,19 @@ def _steps(history: History) -> Iterator[str]:
         if adapter.steps:
             name = _named(adapter.name, adapter_colour(index))
             yield f"<details><summary>{name}</summary>{_steps_of(adapter)}</details>"
+
+
+def _samples(history: History, newest: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    for index, name in enumerate(list(history.adapters)[:MAX_TABLES]):
+        if name not in newest:
+            continue
+        line = newest[name]
+        kind = "held out" if line["held_out"] else "training"
+        told = f"{kind}, step {line['step']}, prompt {line['prompt_index']}, reward {number(line['reward'])}"
+        messages = (*line["prompt"], *line["completion"])
+        text = "\n\n".join(f"<b>{escape(said['role'])}</b>\n{escape(said['content'])}" for said in messages)
+        heading = f'{_named(name, adapter_colour(index))} <span class="muted">{told}</span>'
+        yield f'<details><summary>{heading}</summary><pre class="said">{text}</pre></details>'
 
 
 def _steps_of(adapter: AdapterHistory) -> str:

@@ -18,6 +18,7 @@ from weft.transport.messages import Group
 
 MAX_DEATHS = 5  # of samplers under one group: more are no accident
 SUSPECT_DEATHS = 2  # under one group: chance gives it one, seldom two
+HELD_OUT_TOLD = 4  # of an evaluation: its first prompts come with texts
 
 
 class Rollouts:
@@ -29,16 +30,19 @@ class Rollouts:
         self._journal = journal
         self._suspects = asyncio.Lock()
 
-    async def sample(self, adapter: Adapter, prompt_index: int, epoch: int = 0, held_out: bool = False) -> Group | None:
+    async def sample(
+        self, adapter: Adapter, prompt_index: int, epoch: int = 0, held_out: bool = False, texts: bool = False
+    ) -> Group | None:
         """One group under the version installed when its turn comes. None: the adapter is interrupted with the reason."""
         size, ticket = 1 if held_out else adapter.config.group_size, self._share.ticket()
+        texts = texts or (held_out and prompt_index < HELD_OUT_TOLD)
         for deaths in range(MAX_DEATHS):
             alone = self._suspects if deaths >= SUSPECT_DEATHS else contextlib.nullcontext()
             async with alone, self._share.places(adapter.name, size, ticket) as seat:
                 began = self._journal.now()
                 assert adapter.installed is not None
                 try:
-                    group = await self._samplers.rollout(adapter.installed, prompt_index, size, held_out, seat, epoch)
+                    group = await self._samplers.rollout(adapter.installed, prompt_index, size, held_out, seat, epoch, texts)
                 except PeerDiedError as error:
                     died = error
                 except (AdapterFault, InstallError) as fault:

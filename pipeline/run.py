@@ -32,7 +32,7 @@ from functools import partial
 
 from weft.configs.schema import AdapterConfig, Config, RunConfig, TrainerConfig
 from weft.pipeline.adapter import Adapter
-from weft.pipeline.batch import Ready, count_late, figures, make_batch, token_ages
+from weft.pipeline.batch import Ready, count_late, figures, make_batch, token_ages, transcripts
 from weft.pipeline.checkpoint import check_resume
 from weft.pipeline.evaluate import evaluate
 from weft.pipeline.events import Observer, Phase, PipelineStatistics
@@ -210,7 +210,8 @@ class Pipeline:
         async with asyncio.TaskGroup() as rollouts:
             while prompts.position < adapter.config.num_steps * adapter.config.groups_per_step:
                 await gate.admit()
-                groups.put_nowait(rollouts.create_task(self._rollouts.sample(adapter, *prompts.next())))
+                first = prompts.position % adapter.config.groups_per_step == 0  # of its step, to be told as text
+                groups.put_nowait(rollouts.create_task(self._rollouts.sample(adapter, *prompts.next(), texts=first)))
 
     async def _publish(self, adapter: Adapter) -> float:
         """Returns when every sampler has the adapter's version, with the seconds that took; new rollouts start with it."""
@@ -280,7 +281,7 @@ async def next_batch(adapter: Adapter, groups: Groups) -> Ready | None:
         return None
     ages = tuple(staleness(group, adapter.version, adapter.config.max_staleness) for group in oldest)
     batch = make_batch(adapter.config, adapter.ref, oldest)
-    return Ready(batch, figures(oldest), ages, token_ages(batch))
+    return Ready(batch, figures(oldest), ages, token_ages(batch), transcripts(oldest))
 
 
 def leaves(error: BaseException) -> Iterator[BaseException]:

@@ -42,6 +42,7 @@ class Sample:
     turns: int = 1
     truncated: bool = False  # a turn ended at max_tokens or at the model's length
     metrics: Mapping[str, float] = field(default_factory=dict)  # the environment's own
+    messages: tuple[Mapping[str, str], ...] = ()  # for people, since the prompt (actors/transcript.py); Rollout.texts: of whom
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,14 @@ class Group:
     prompt_index: int
     samples: tuple[Sample, ...]
     sampler: int = 0
+    prompt: tuple[Mapping[str, str], ...] = ()  # its messages, with Rollout.texts
 
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """One adapter's optimizer step, packed: T tokens of n rows, no padding.
-
-    tokens int32 [T]; offsets int32 [n + 1] (row i is offsets[i]:offsets[i+1]); mask bool [T] (True: this token was sampled
-    and has a loss); sampler_logprobs float32 [T]; versions int32 [T]; advantages float32 [n]; groups int32 [n] (siblings share
-    one). loss_tokens, loss_rows: the denominators of the whole step, which rows left out (advantage 0) still count in.
-    """
+    """One adapter's optimizer step, packed: T tokens of n rows, no padding. tokens int32 [T]; offsets int32 [n + 1] (row i is
+    offsets[i]:offsets[i+1]); mask bool [T] (this token was sampled and has a loss); sampler_logprobs float32 [T]; versions
+    int32 [T]; advantages float32 [n]; groups int32 [n] (siblings share one)."""
 
     ref: AdapterRef
     tokens: Array
@@ -71,14 +70,13 @@ class TrainBatch:
     versions: Array
     advantages: Array
     groups: Array
-    loss_tokens: int
-    loss_rows: int
+    loss_tokens: int  # the denominators of the whole step: ...
+    loss_rows: int  # ... rows left out (advantage 0) still count in both
 
 
 @dataclass(frozen=True)
 class SlabHandle:
-    """Where one adapter's weights can be had: `path` of a shared-memory file on `host`, or the bytes themselves in `data`.
-    on_device: the file says where on a GPU they are (actors/slab_ipc.py)."""
+    """Where one adapter's weights can be had: `path` of a shared-memory file on `host`, or the bytes themselves in `data`."""
 
     ref: AdapterRef
     nbytes: int
@@ -90,7 +88,7 @@ class SlabHandle:
     base_logprob: float  # ... and under the base alone
     host: str = ""
     path: str = ""
-    on_device: bool = False
+    on_device: bool = False  # the file says where on a GPU they are (actors/slab_ipc.py)
     data: Array | None = None  # uint8 [nbytes]
     checksum: int = 0  # actors/checksum.py; 0: not known
     canary_noise: float = 0.0  # as in Canary
@@ -144,6 +142,7 @@ class Rollout:
     group_size: int
     held_out: bool = False
     epoch: int = 0  # how often its adapter had this prompt before: each time is drawn anew
+    texts: bool = False  # with the messages of the prompt, of the best rewarded sample and of the worst; else of none
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,16 @@ def test_the_sequence_equals_a_fresh_rendering_of_the_conversation(tokenizer: An
     assert tokenizer.encode(rendered.rstrip("\n")) == sample.tokens.tolist()
 
 
+def test_the_messages_are_what_the_tokens_say_tool_replies_included_in_order(tokenizer: Any) -> None:
+    replies = [Reply([tool("4"), tool("five")]), Reply([{"role": "user", "content": "So?"}]), Reply([tool("6")], done=True)]
+    sample = play(tokenizer, Scripted(*replies), Speaker(tokenizer, "Add(2,2)", "hm", "four"))
+    assert sample.messages == (
+        said("Add(2,2)"), tool("4"), tool("five"), said("hm"), {"role": "user", "content": "So?"}, said("four"),
+    )  # fmt: skip
+    rendered = tokenizer.apply_chat_template([*PROMPT.messages, *sample.messages], tools=TOOLS, tokenize=False)
+    assert tokenizer.decode(sample.tokens) == rendered.rstrip("\n")
+
+
 def test_every_sampled_token_and_no_other_carries_a_version(tokenizer: Any) -> None:
     speaker = Speaker(tokenizer, "ab", "c")
     sample = play(tokenizer, Scripted(Reply([tool("4")]), Reply(done=True)), speaker)

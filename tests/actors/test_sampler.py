@@ -68,14 +68,15 @@ arrived, gates = {}, {}
 class Talk:
     """`turns` turns, then done; if `gated`, every reply but the last waits for the test."""
     num_prompts = 7
-    def __init__(self, turns=1, gate="", words="count"):
-        self.turns, self.gate, self.words = turns, gate, words
+    def __init__(self, turns=1, gate="", words="count", scored=False):
+        self.turns, self.gate, self.words, self.scored = turns, gate, words, scored
     def prompt(self, index, held_out):
         return Prompt([{"role": "user", "content": f"{self.words} {index}"}])
     async def respond(self, prompt, turns):
         said = [turn for turn in turns if turn["role"] == "assistant"]
         if len(said) >= self.turns:
-            return Reply(done=True, reward=1.0, metrics={"characters": len(said[-1]["content"])})
+            reward = float(sum(len(turn["content"]) for turn in said)) if self.scored else 1.0
+            return Reply(done=True, reward=reward, metrics={"characters": len(said[-1]["content"])})
         if self.gate:
             arrived[self.gate].set()
             await gates[self.gate].wait()
@@ -334,6 +335,28 @@ def test_the_end_of_a_turn_is_sampled_and_a_cut_one_is_said_to_be_cut(bench: Ben
         said = sample.tokens[sample.versions != UNSAMPLED]
         text = bench.sampler._engine.tokenizer.decode(said if sample.truncated else said[:-1])
         assert sample.metrics["characters"] == len(text), "the environment hears all but the mark of the turn's end"
+
+
+def test_texts_come_for_the_best_and_the_worst_where_they_are_asked_for_and_are_what_the_tokens_decode_to(bench: Bench) -> None:
+    async def law() -> list[Group]:
+        ref = await bench.adapter(turns=2, scored=True)
+        asked = [Rollout(ref, 3, 8, texts=True), Rollout(ref, 3, 8)]
+        return [await bench.sampler.handle(message) for message in asked]  # type: ignore[misc]
+
+    group, silent = bench.run(law())
+    assert silent.prompt == () and not any(sample.messages for sample in silent.samples)
+    assert group.prompt == ({"role": "user", "content": "count 3"},)
+    rewards = [sample.reward for sample in group.samples]
+    told = [sample for sample in group.samples if sample.messages]
+    assert len(set(rewards)) > 2 and sorted(sample.reward for sample in told) == [min(rewards), max(rewards)]
+    tokenizer = bench.sampler._engine.tokenizer
+    for sample in told:
+        own = itertools.groupby(zip(sample.tokens, sample.versions, strict=True), lambda pair: pair[1] != UNSAMPLED)
+        turns = [[int(token) for token, _ in run if token != 256] for sampled, run in own if sampled]
+        first, second = (tokenizer.decode(turn) for turn in turns)
+        said, reply, last = sample.messages
+        assert (said, reply) == ({"role": "assistant", "content": first}, {"role": "user", "content": "go on"})
+        assert last == {"role": "assistant", "content": second} and sample.reward == len(first + second)
 
 
 def test_stop_strings_and_tokens_end_a_turn(bench: Bench) -> None:

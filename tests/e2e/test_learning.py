@@ -122,6 +122,25 @@ def test_trainer_and_sampler_agree_on_every_log_probability(run: Any) -> None:
     assert max(differences) < 1e-3
 
 
+def test_samples_of_every_step_and_evaluation_can_be_read(run: Any) -> None:
+    lines = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text().splitlines()]
+    bounds = {name: adapter["max_staleness"] for name, adapter in run.summary()["adapters"].items()}
+    for name in NAMES:
+        own = [line for line in lines if line["adapter"] == name]
+        trained = [line for line in own if not line["held_out"]]
+        assert {line["step"] for line in trained} == set(range(1, STEPS + 1))
+        assert all(0 <= line["step"] - 1 - version <= bounds[name] for line in trained for version in line["versions"])
+        held_out = [(line["step"], line["prompt_index"]) for line in own if line["held_out"]]
+        assert held_out == [(step, index) for step in (0, STEPS) for index in range(4)]
+        for line in own:
+            roles = [message["role"] for message in line["completion"]]
+            assert roles.count("assistant") == line["turns"] and line["prompt"][-1]["role"] == "user"
+            if name == "calculator-strict" and line["reward"] == 1:
+                assert "FinalAnswer" in line["completion"][-1]["content"], "what was rewarded"
+    assert any(message["role"] == "tool" and message["content"] for line in lines for message in line["completion"])
+    assert max(len(line) for line in (run.folder / "events.jsonl").read_text().splitlines()) < 4000
+
+
 def test_every_promised_number_is_in_the_summary(run: Any) -> None:
     summary = run.summary()
     assert summary["wall_seconds"] > 0

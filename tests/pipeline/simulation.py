@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from weft.actors.affinity import Affinity, Seat, engine_places
+from weft.actors.transcript import told
 from weft.configs.schema import AdapterConfig, LossConfig, RunConfig, TrainerConfig
 from weft.pipeline.events import Event, PipelineStatistics
 from weft.pipeline.interfaces import Pools
@@ -110,6 +111,7 @@ class World:
     ages: dict[str, list[int]] = field(default_factory=dict)
     launches: list[tuple[str, ...]] = field(default_factory=list)
     names: dict[AdapterRef, str] = field(default_factory=dict)  # law 2: what each name once meant
+    texts: list[tuple[str, int, bool]] = field(default_factory=list)  # adapter, prompt and held_out of groups with texts
     reward: Callable[[str, int], float] | None = None  # None: any from 0 to 1
     loss_fault: Callable[[AdapterRef], bool] = lambda ref: False
 
@@ -246,6 +248,7 @@ class SimulatedSamplers:
         held_out: bool = False,
         seat: Seat | None = None,
         epoch: int = 0,
+        texts: bool = False,
     ) -> Group:
         world, config = self.world, self.world.configs[ref.name]
         assert ref in world.acknowledged, f"law 3: {ref} is not installed"
@@ -256,11 +259,13 @@ class SimulatedSamplers:
         try:
             while not self.processes[seat.sampler].ready.is_set() and not self.affinity.move(seat):
                 await self.somebody.wait()
-            return await self._sample(seat.sampler, ref, prompt_index, group_size)
+            if texts:
+                world.texts.append((ref.name, prompt_index, held_out))
+            return await self._sample(seat.sampler, ref, prompt_index, group_size, texts)
         finally:
             world.running[ref.name] -= 1
 
-    async def _sample(self, sampler: int, ref: AdapterRef, prompt_index: int, group_size: int) -> Group:
+    async def _sample(self, sampler: int, ref: AdapterRef, prompt_index: int, group_size: int, texts: bool) -> Group:
         world = self.world
         world.rollouts[sampler] += group_size
         world.served[ref.name, sampler] += 1
@@ -282,8 +287,10 @@ class SimulatedSamplers:
             rewards = [world.rewarded(ref.name, prompt_index) for _ in range(group_size)]
         except ArithmeticError as error:
             raise AdapterFault("the reward raised", type(error).__name__, "Traceback of the sampler") from None
-        samples = tuple(_sample(prompt_index, ref.version, reward) for reward in rewards)
-        return Group(ref, prompt_index, samples, sampler=sampler)
+        said = ({"role": "assistant", "content": json.dumps([ref.lineage, ref.version, prompt_index, rewards])},)
+        samples = told([_sample(prompt_index, ref.version, reward, said) for reward in rewards], texts)
+        asked = ({"role": "user", "content": f"{prompt_index}"},) if texts else ()
+        return Group(ref, prompt_index, samples, sampler, asked)
 
     def newest(self, name: str) -> AdapterRef:
         """What its homes have acknowledged last."""
@@ -306,10 +313,10 @@ class SimulatedSamplers:
             assert sum(self.world.configs[name].live_versions for name in holding) <= self.places, "more versions than places"
 
 
-def _sample(prompt_index: int, version: int, reward: float) -> Sample:
+def _sample(prompt_index: int, version: int, reward: float, said: tuple[dict[str, str], ...] = ()) -> Sample:
     versions = np.array([UNSAMPLED, version, version], dtype=np.int32)
     tokens = np.array([prompt_index, 1, 2], dtype=np.int32)  # a prompt token that names the prompt
-    return Sample(tokens, versions, np.zeros(3, dtype=np.float32), reward, metrics={"length": 2.0})
+    return Sample(tokens, versions, np.zeros(3, dtype=np.float32), reward, metrics={"length": 2.0}, messages=said)
 
 
 @dataclass

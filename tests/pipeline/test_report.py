@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from weft.configs.schema import AdapterConfig, ClusterConfig, LoraConfig
-from weft.pipeline.events import LaunchEnded, StepTaken
+from weft.pipeline.events import LaunchEnded, SampleTold, StepTaken, Transcript
 from weft.pipeline.history import History
 from weft.pipeline.metrics import Metrics
 from weft.pipeline.palette import adapter_colour
 from weft.pipeline.plots import draw_rewards, running_mean, style, to_svg
 from weft.pipeline.report import write_report
+from weft.pipeline.samples import Samples
 from weft.pipeline.summary import summarize
 from weft.pipeline.timeline import close_up, draw_pools, occupancy
 
@@ -111,6 +112,24 @@ def test_the_page_tells_the_work_of_a_step_and_what_each_split_could_do(tmp_path
     assert table.count("<tr><td>") == 16 and table.count("recommended</b>") == 1
     best = summary["work"]["recommended"]
     assert f"<td>{best['samplers']} + {best['trainers']}</td><td>{best['bound']:.3g}</td>" in table
+
+
+def test_the_page_shows_what_each_adapter_wrote_last_escaped(tmp_path, synthetic_run):
+    run = synthetic_run(num_steps=2)
+    history = record(tmp_path, run)
+    samples = Samples(tmp_path, 0, pytest.fail)
+    for step, text in ((1, "an older one"), (2, "<b>9</b> & </pre>")):
+        prompt, said = ({"role": "user", "content": "2 < 3?"},), ({"role": "assistant", "content": text},)
+        samples(SampleTold(1.0, "letters", 0, step, False, Transcript(7, (step - 1,), 0.5, 3, 1, False, prompt, said)))
+    page, text = Page(), write_report(tmp_path, history, summarize(run.statistics(), history, 75.0), {}).read_text()
+    page.feed(text)
+    assert "training, step 2, prompt 7, reward 0.5" in page.text and page.open == []
+    assert "user\n2 < 3?\n\nassistant\n<b>9</b> & </pre>" in page.text and "an older one" not in text
+
+
+def test_a_run_that_has_no_samples_has_no_section_of_them(written):
+    _, page, _ = written
+    assert "What they wrote" not in page.text
 
 
 def test_names_are_escaped(written):

@@ -522,9 +522,9 @@ def test_no_two_groups_of_a_small_task_draw_the_same_noise(simulation, memory_fo
     """Three prompts in eight places: one comes again while its version is still the newest."""
     rollout, add, drawn = simulation.SimulatedSamplers.rollout, simulation.SimulatedSamplers.add, []
 
-    async def watched(self, ref, prompt_index, group_size, held_out, seat, epoch):
+    async def watched(self, ref, prompt_index, group_size, held_out, seat, epoch, texts):
         drawn.append((ref.version, prompt_index, epoch))
-        return await rollout(self, ref, prompt_index, group_size, held_out, seat, epoch)
+        return await rollout(self, ref, prompt_index, group_size, held_out, seat, epoch, texts)
 
     async def small(self, *asked):
         await add(self, *asked)

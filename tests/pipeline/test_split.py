@@ -110,7 +110,7 @@ def pools(simulation, case, num_samplers, num_trainers):
             super().__init__(world)
             self.engines = [Engine(case.first, case.more) for _ in range(num_samplers)]
 
-        async def rollout(self, ref, prompt_index, group_size, held_out=False, seat=None, epoch=0):
+        async def rollout(self, ref, prompt_index, group_size, held_out=False, seat=None, epoch=0, texts=False):
             assert ref in world.acknowledged
             index = min(range(num_samplers), key=lambda index: self.engines[index].in_flight)
             await self.engines[index].run(group_size)
