@@ -190,13 +190,31 @@ def verify(folder: Path) -> Checkpoint:
 
 
 def replace_folder(written: Path, final: Path) -> None:
-    """Put the folder `written` in the place of `final`, with every byte on the disk before."""
+    """Put the folder `written` in the place of `final`, with every byte on the disk before.
+
+    Killed at any instant, it leaves a whole one there, but between two renames: then the old one waits for `settle_folder`.
+    """
     for path in [*written.rglob("*"), written]:
         _sync(path)
+    settle_folder(final)
     if final.exists():
-        shutil.rmtree(final)
+        os.replace(final, _aside(final))
     os.replace(written, final)
     _sync(final.parent)
+    settle_folder(final)
+
+
+def settle_folder(final: Path) -> None:
+    """The old folder, which a replacement has moved aside, is removed, or comes back where that one was killed half-way."""
+    aside = _aside(final)
+    if aside.exists() and final.exists():
+        shutil.rmtree(aside)
+    elif aside.exists():
+        os.replace(aside, final)
+
+
+def _aside(final: Path) -> Path:
+    return final.with_name(f".{final.name}.old")  # no adapter's name begins so
 
 
 def plain(config: AdapterConfig) -> dict[str, Any]:

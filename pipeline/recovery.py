@@ -13,7 +13,7 @@ from pathlib import Path
 
 from weft.configs.schema import AdapterConfig, RunConfig
 from weft.pipeline.adapter import Adapter, Progress
-from weft.pipeline.checkpoint import Checkpoints, replace_folder
+from weft.pipeline.checkpoint import Checkpoints, replace_folder, settle_folder
 from weft.pipeline.events import CheckpointWritten, Phase
 from weft.pipeline.interfaces import Trainers
 from weft.pipeline.journal import Journal
@@ -30,7 +30,8 @@ class Recovery:
         self._journal = journal
 
     def finished(self, config: AdapterConfig) -> Progress | None:
-        """Where an earlier run took this adapter to its end, if one did."""
+        """Where an earlier run took this adapter to its end, if one did. Its exported folder is in its place then."""
+        settle_folder(self._exported(config.name))  # a kill may have left it aside
         return self._checkpoints(config.name).finished(config)
 
     async def begin_lineage(self, adapter: Adapter) -> None:
@@ -74,7 +75,7 @@ class Recovery:
     async def export(self, adapter: Adapter) -> None:
         """Write the PEFT folder, and note that the adapter is done if it is."""
         self._journal.enter(adapter, Phase.EXPORTING)
-        final = self._folder / "adapters" / adapter.name
+        final = self._exported(adapter.name)
         written = final.with_name(f".{adapter.name}.writing")
         await asyncio.to_thread(_empty_folder, written)
         await self._trainers.export(adapter.ref, str(written))
@@ -82,6 +83,9 @@ class Recovery:
         adapter.progress = dataclasses.replace(adapter.progress, peft_path=str(final))
         if adapter.version >= adapter.config.num_steps:
             await asyncio.to_thread(self._checkpoints(adapter.name).finish, adapter.config, adapter.progress)
+
+    def _exported(self, name: str) -> Path:
+        return self._folder / "adapters" / name
 
     def _checkpoints(self, name: str) -> Checkpoints:
         return Checkpoints(str(self._folder), name, KEEP)

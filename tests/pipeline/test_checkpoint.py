@@ -15,7 +15,7 @@ import pytest
 
 from weft.configs.schema import AdapterConfig, EnvironmentConfig, LoraConfig, OptimizerConfig
 from weft.pipeline.adapter import Progress
-from weft.pipeline.checkpoint import MANIFEST, PIPELINE, Checkpoints, check_resume, verify
+from weft.pipeline.checkpoint import MANIFEST, PIPELINE, Checkpoints, check_resume, replace_folder, settle_folder, verify
 from weft.transport.errors import CheckpointError
 
 CONFIG = AdapterConfig(name="a", environment=EnvironmentConfig(settings={"digits": 3, "nested": {"x": [1, 2]}}))
@@ -168,8 +168,8 @@ STEPS = [
 ]
 
 
-def write_for_ever(folder, say, die_at):
-    """What a run does, until it is killed: by itself before step `die_at` of those that touch the disk (-1: by others)."""
+def die_before(die_at, steps):
+    """This process kills itself before the `die_at`th of these calls (-1: never)."""
     calls = 0
 
     def deadly(function):
@@ -182,8 +182,13 @@ def write_for_ever(folder, say, die_at):
 
         return wrapped
 
-    for owner, name in STEPS:
+    for owner, name in steps:
         setattr(owner, name, deadly(getattr(owner, name)))
+
+
+def write_for_ever(folder, say, die_at):
+    """What a run does, until it is killed: by itself before step `die_at` of those that touch the disk (-1: by others)."""
+    die_before(die_at, STEPS)
     checkpoints = Checkpoints(folder, "a", keep=2)
     found, _ = checkpoints.newest()
     lineage, version = checkpoints.next_lineage(), found.progress.version if found else -1
@@ -240,3 +245,40 @@ def test_kill_9_at_random_instants_loses_nothing_that_was_complete(tmp_path):
         told = killed_writer(tmp_path, -1, chance.uniform(0.0, 0.05))
         assert told[0] == reached + 1
         reached = surviving_version(tmp_path, told)
+
+
+def is_killed_while_it_replaces(written, final, die_at):
+    child = os.fork()
+    if not child:
+        try:
+            die_before(die_at, [*STEPS, (os, "unlink"), (os, "rmdir")])
+            replace_folder(written, final)
+        finally:
+            os._exit(0)  # never back into pytest
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def test_kill_9_before_any_step_of_a_replacement_leaves_the_old_folder_or_the_new_one(memory_folder):
+    def fill(folder, word):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("weights", "config"):
+            (folder / name).write_text(word)
+
+    def held(folder):
+        return {path.name: path.read_text() for path in folder.iterdir()}
+
+    found, die_at, killed = [], 0, True
+    while killed:
+        die_at += 1
+        final, written = memory_folder / str(die_at) / "a", memory_folder / str(die_at) / ".a.writing"
+        fill(final, "old")
+        fill(written, "new")
+        killed = is_killed_while_it_replaces(written, final, die_at)
+        assert [path.name for path in final.parent.glob("[!.]*")] in (["a"], []), "none that could be taken for an adapter's"
+        settle_folder(final)  # as the next run does
+        assert held(final) in ({"weights": word, "config": word} for word in ("old", "new"))
+        found.append(held(final)["config"])
+        fill(written, "newer")
+        replace_folder(written, final)
+        assert list(final.parent.iterdir()) == [final] and held(final) == {"weights": "newer", "config": "newer"}
+    assert found == sorted(found, reverse=True) and {*found} == {"old", "new"} and len(found) > 8

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import re
 from dataclasses import replace
 
 import pytest
 
+from weft.pipeline.checkpoint import replace_folder
 from weft.pipeline.events import AdapterFailed, Evaluated, Phase, StepTaken, Warned
 from weft.pipeline.recovery import goes_on
 
@@ -80,6 +82,27 @@ def test_a_finished_adapter_is_not_trained_again_and_its_entry_is_kept(simulatio
         before, joined=0.0, ended=0.0, staleness=0, installed=0, groups_in_flight=0
     )
     assert not [event for event in second.events if isinstance(event, StepTaken) and event.adapter == "a"]
+
+
+def test_an_exported_folder_that_a_kill_left_aside_is_in_its_place_again(simulation, memory_folder):
+    config = simulation.adapter_config("a")
+    killed_at(simulation, simulation.World(random.Random(0)), memory_folder, [config], None)
+    final, written = memory_folder / "adapters" / "a", memory_folder / "adapters" / ".a.writing"
+    exported = digests(memory_folder, [config])
+    written.mkdir()
+    real = os.replace
+
+    def half_way(source, target):
+        if source == written:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", half_way)
+        replace_folder(written, final)
+    assert not final.exists()
+    outcome = killed_at(simulation, simulation.World(random.Random(0)), memory_folder, [config], None)
+    assert outcome.statistics.adapters["a"].peft_path == str(final) and digests(memory_folder, [config]) == exported
 
 
 def test_a_finished_adapter_goes_on_when_it_is_given_more_steps(simulation, memory_folder):
