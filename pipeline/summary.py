@@ -49,7 +49,7 @@ def summarize(
         "pools": {"samplers": _pool(statistics.samplers), "trainers": _pool(statistics.trainers)},
         "members": history.members,
         "work": _work(statistics, history, cluster),
-        "warnings": list(statistics.warnings),
+        "warnings": [*statistics.warnings, *history.passed_over],
         "adapters": adapters,
     }
 
