@@ -24,6 +24,7 @@ from weft.actors.blame import blamed_on, shown
 from weft.actors.environment import MAX_REWARD, ChatMessage, Environment, Prompt, Reply
 from weft.actors.environment_thread import EnvironmentThread
 from weft.actors.transcript import transcript
+from weft.transport.errors import AdapterFault
 from weft.transport.messages import UNSAMPLED, AdapterRef, Sample
 
 _SENTINEL = "weft2718281828sentinel"  # stands for an assistant's words; no template changes it, no user writes it
@@ -140,6 +141,9 @@ async def run_episode(
         ref = version()
         room = min(bounds.max_tokens, bounds.max_length - len(tape.tokens))
         turn = await generate(tape.tokens, ref, room, seed(index))
+        if not all(map(math.isfinite, turn.logprobs)):
+            said = f"{name}: the log-probabilities of {ref} are no numbers: its weights have run away"
+            raise AdapterFault(said, "FloatingPointError")
         tape.sampled(turn, ref.version)
         truncated = truncated or turn.cut
         turns.append({"role": "assistant", "content": turn.text})

@@ -76,6 +76,8 @@ def use_working_directory() -> None:
 
 def check_output(folder: str) -> None:
     """The output folder is one that can be made or written to."""
+    if not folder:
+        raise SettingError("run.dir='': must be a folder")
     path = Path(folder).absolute()
     with writing(folder):
         parent = next(parent for parent in (path, *path.parents) if parent.exists())

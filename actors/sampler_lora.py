@@ -21,6 +21,7 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms import current_platform
 
 _WASTE = 4  # padded places a token, beyond which the adapters are done one by one
+QKV = 3  # slices of the linear before attention
 _FREE = 128  # padded places that cost no more than the calls around them
 
 
@@ -108,8 +109,15 @@ class GroupedLora(PunicaWrapperCPU):
         groups = self._groups
         if not groups.slots:
             return
-        packed = self._pack(groups.slots, lora_a_stacked, lora_b_stacked)
         y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+        self._add(y, x, self._pack(groups.slots, lora_a_stacked, lora_b_stacked), scale)
+        if len(lora_b_stacked) == QKV:
+            # What an adapter that has run away has here are no numbers. In the cache others' attention would meet them: what it
+            # masks it multiplies by zero, and zero times NaN is NaN.
+            y.nan_to_num_()
+
+    def _add(self, y: Tensor, x: Tensor, packed: _Packed, scale: float) -> None:
+        groups = self._groups
         n, width = len(groups.slots), groups.width
         if n == 1 and groups.rows is None:
             y.addmm_(x @ packed.a[0], packed.b[0], alpha=scale)

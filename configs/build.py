@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -92,15 +94,17 @@ def _convert_tuple(value: Any, arguments: tuple[Any, ...], path: str) -> tuple[A
 
 
 def _convert_scalar(value: Any, kind: type, path: str) -> Any:
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        with contextlib.suppress(ValueError):
+            value = float(value)
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not -sys.float_info.max <= value <= sys.float_info.max:
+            raise SettingError(f"{path}={value!r}: must be a finite number")
         return float(value)
     if kind is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
-        try:
-            return float(value)
-        except ValueError:
-            pass
+        value = int(value)
+    if kind is int and isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise SettingError(f"{path}={value!r}: must be a whole number of 64 bits")
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     raise SettingError(f"{path}={value!r}: must be of type {kind.__name__}")

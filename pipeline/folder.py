@@ -50,6 +50,8 @@ def move_aside(folder: Path) -> Path | None:
         return None
     if not is_run(folder):
         raise SettingError(f"run.dir={str(folder)!r}: must be empty or an earlier run for run.fresh=true to move it aside")
+    if folder.resolve() == Path.cwd():
+        raise SettingError(f"run.dir={str(folder)!r}: must not be the current folder for run.fresh=true to move it aside")
     free = next(path for number in itertools.count(1) if not (path := folder.with_name(f"{folder.name}.{number}")).exists())
     folder.rename(free)
     return free

@@ -223,7 +223,7 @@ def _model_before(file: Path) -> dict[str, object] | None:
     """The model section of the configuration that an earlier command left; None: there was none, or it was cut short."""
     try:
         saved = yaml.safe_load(file.read_text())
-    except (FileNotFoundError, yaml.YAMLError):
+    except (OSError, ValueError, yaml.YAMLError):
         return None
     model = saved.get("model") if isinstance(saved, dict) else None
     return model if isinstance(model, dict) else None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from weft.actors.base_model import tiny_path
 from weft.actors.lora import SlabLayout, linear_shapes, resolve_targets
 from weft.actors.model import read_config
 from weft.actors.peft_folder import write_peft_folder
+from weft.actors.preflight import check_output
 from weft.configs.build import SettingError
 from weft.configs.compose import compose, descriptions
 from weft.configs.expand import expand, to_mapping
@@ -35,6 +38,7 @@ from weft.pipeline.folder import hold, move_aside
 from weft.transport.errors import StartError
 
 Output = pytest.CaptureFixture[str]
+TRAIN = command._train
 
 
 @pytest.fixture(autouse=True)
@@ -287,6 +291,34 @@ def test_what_is_interrupted_before_it_knows_its_settings_says_so(monkeypatch: p
     assert capsys.readouterr().err == "weft: interrupted; nothing has been started\n"
 
 
+def test_told_to_end_is_interrupted_from_the_first_moment_and_to_the_last(
+    monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    def told(*_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    async def nothing(*_: object) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, print)
+
+    def deaf(*_: object) -> None:
+        raise AssertionError("the command did not take it")
+
+    before = signal.signal(signal.SIGTERM, deaf)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(command, "compose", told)
+            assert run() == command.INTERRUPTED
+        monkeypatch.setattr(command, "_train", TRAIN)
+        monkeypatch.setattr(command, "_session", nothing)
+        monkeypatch.setattr(command, "_close", told)
+        assert run() == command.INTERRUPTED
+        assert signal.getsignal(signal.SIGTERM) is deaf, "whoever calls the command has its own again"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err.count("weft: interrupted; ") == 2
+
+
 def test_a_run_that_goes_on_says_from_which_step_each_adapter_does(tmp_path: Path, capsys: Output) -> None:
     def said(*arguments: str) -> str:
         with pytest.raises(AssertionError, match="the run was started"):
@@ -387,6 +419,23 @@ def test_fresh_moves_an_earlier_run_aside_and_nothing_else(tmp_path: Path, capsy
     with pytest.raises(SettingError, match="must be empty or an earlier run"):
         move_aside(folder)
     assert "must be empty or an earlier run" in refused(capsys, "run.fresh=true")
+
+
+def test_the_current_folder_is_not_moved_aside_and_no_name_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (config,) = expand(compose([])).adapters
+    a_run(tmp_path / "out", config, finished=True)
+    monkeypatch.chdir(tmp_path / "out")
+    with pytest.raises(SettingError, match="must not be the current folder"):
+        move_aside(Path("."))
+    with pytest.raises(SettingError, match="run.dir='': must be a folder"):
+        check_output("")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", None])
+def test_a_configuration_of_an_earlier_run_that_cannot_be_read_hides_nothing(tmp_path: Path, content: bytes | None) -> None:
+    saved = tmp_path / "config.yaml"
+    saved.mkdir() if content is None else saved.write_bytes(content)
+    assert command._model_before(saved) is None
 
 
 def test_cfg_prints_the_configuration_that_would_run(capsys: Output) -> None:

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 from weft.actors.environment import ChatMessage, Prompt, Reply
 from weft.actors.environments.answer import extract_answer, last_number, same_number, to_number
@@ -84,7 +84,7 @@ class Jsonl:
         reward = self._reward(completion, prompt.answer)
         if inspect.isawaitable(reward):
             reward = await reward
-        if isinstance(reward, bool) or not isinstance(reward, (int, float)) or not math.isfinite(reward):
+        if not isinstance(reward, SupportsFloat) or not math.isfinite(reward):
             raise TypeError(f"the reward function returned {reward!r}: must be a finite number")
         return Reply(done=True, reward=float(reward))
 

@@ -394,6 +394,32 @@ def test_a_prompt_that_comes_again_is_drawn_anew_and_a_held_out_one_is_not(bench
     assert held_out == held_out_again
 
 
+def test_an_adapter_that_has_run_away_fails_alone_and_leaves_nothing_behind(bench: Bench) -> None:
+    """Its weights are finite, what the model computes with them is not: neither may others' tokens be, where they read what it
+    has left in the cache, or beside it in a batch."""
+
+    async def law() -> list[Group]:
+        bad = AdapterRef(await bench.add(), 0, 1)
+        slab = bench.reference.slab(bad, size=1e19)
+        await bench.publish(dataclasses.replace(slab, audited=False))
+        sound, groups = await bench.adapter(), []
+
+        async def fail(index: int) -> None:
+            with pytest.raises(AdapterFault, match=f"{bad.name}: .* no numbers"):
+                await bench.rollout(bad, 8, index)
+
+        for index in range(6):
+            async with asyncio.TaskGroup() as tasks:
+                failing = [tasks.create_task(fail(4 * index + n)) for n in range(4)]
+                beside = tasks.create_task(bench.rollout(sound, 8, index))
+            groups += [beside.result(), await bench.rollout(sound, 8, index + 100)]
+            assert all(one.done() for one in failing)
+        return groups
+
+    for group in bench.run(law()):
+        bench.check(group)
+
+
 def test_a_pinned_rollout_keeps_its_version_while_others_are_installed_and_its_own_is_retired(bench: Bench) -> None:
     arrived, go = bench.gate("pinned")
 

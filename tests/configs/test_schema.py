@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -73,6 +74,11 @@ def test_every_setting_but_an_adapters_name_has_a_default() -> None:
         (AdapterConfig, {"name": "a" * 129}, "at most 128 in all"),
         (AdapterConfig, {"optimizer": {"betas": [0.9]}}, "a.optimizer.betas=[0.9]: must have 2 values"),
         (AdapterConfig, {"optimizer": {"learning_rate": "fast"}}, "a.optimizer.learning_rate='fast': must be of type float"),
+        (AdapterConfig, {"optimizer": {"learning_rate": math.inf}}, "a.optimizer.learning_rate=inf: must be a finite number"),
+        (AdapterConfig, {"lora": {"alpha": "nan"}}, "a.lora.alpha=nan: must be a finite number"),
+        (AdapterConfig, {"lora": {"alpha": 10**400}}, "must be a finite number"),
+        (AdapterConfig, {"sampling": {"seed": 10**23}}, "a.sampling.seed=100000000000000000000000: must be a whole number of"),
+        (AdapterConfig, {"num_steps": 1e24}, "must be a whole number of 64 bits"),
         (AdapterConfig, {"loss": {"name": "grop"}}, "a.loss.name='grop': must be one of importance_sampling, ppo, grpo"),
         (AdapterConfig, {"loss": {"name": "cross_entropy", "advantage": "rloo"}}, "a.loss.advantage='rloo': must be auto with"),
         (AdapterConfig, {"sampling": {"temperature": 0}}, "a.sampling.temperature=0.0: must be from 0.01 to 2"),
