@@ -24,12 +24,12 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from weft.actors import heap, process_tree
+from weft.actors import heap, process_tree, signals
 from weft.actors.preflight import gpu_message
 from weft.configs.build import SettingError
 from weft.configs.schema import ClusterConfig
@@ -267,7 +267,8 @@ class Cluster:
 
     def _init_ray(self) -> None:
         # A terminal that closes tells this process's group, which Ray's servers are in: they live until this one ends them.
-        with variables(RAY_ENVIRONMENT), _blocked(signal.SIGHUP):
+        # Ray's handler of SIGTERM would end this one there and then, without a word.
+        with variables(RAY_ENVIRONMENT), signals.blocked(signal.SIGHUP), signals.kept(signal.SIGTERM):
             import ray
 
             context = ray.init(
@@ -363,16 +364,6 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
-
-
-@contextlib.contextmanager
-def _blocked(signal_: signal.Signals) -> Iterator[None]:
-    """Whatever is started here never gets the signal; this process gets it at the end."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal_})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _heard(reply: asyncio.Future[Any]) -> None:

@@ -15,8 +15,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,6 +65,17 @@ class _Output(Console):
             raise WeftError("whoever read the output has closed it") from None
 
 
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM interrupts as SIGINT does, from the first moment on."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@_terminable()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -254,18 +265,24 @@ def _train(config: Config, notices: Sequence[str], console: Console) -> Pipeline
         if isinstance(first, WeftError | SettingError | OSError | KeyboardInterrupt):
             raise first from None
         raise
+    finally:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # the loop has left the default
 
 
 async def _session(config: Config, notices: Sequence[str], console: Console) -> PipelineStatistics:
-    """Start the cluster and its pools, run the pipeline on them, end them."""
-    from weft.actors.cluster import Cluster, RayMetrics
-    from weft.actors.wiring import open_pools
-
+    """Start the cluster and its pools, run the pipeline on them, end them. However often it is told to end, it ends in order:
+    a signal is heeded between two steps of the event loop, so none cuts short what cleans up."""
     task = asyncio.current_task()
     assert task is not None
     loop = asyncio.get_running_loop()
+    for told in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(told) != signal.SIG_IGN:  # as of a job in the background
+            loop.add_signal_handler(told, task.cancel)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup sets
         loop.add_signal_handler(signal.SIGHUP, _end_without_terminal, task, [stream for stream in (1, 2) if os.isatty(stream)])
+    from weft.actors.cluster import Cluster, RayMetrics
+    from weft.actors.wiring import open_pools
+
     sizes = config.cluster
     named = f"{sizes.samplers} sampler(s), {sizes.trainers} trainer(s), 1 parameter sync ({sizes.sync.backend})"
     console.print(f"starting {named}: a minute or two", highlight=False)
@@ -275,7 +292,6 @@ async def _session(config: Config, notices: Sequence[str], console: Console) -> 
         console.print(f"{process} is ready after {time.monotonic() - began:.0f} s", highlight=False)
 
     async with Cluster(sizes, config.run.dir) as cluster:
-        loop.add_signal_handler(signal.SIGTERM, task.cancel)  # Ray had put a handler of its own there
         if cluster.dashboard:
             console.print(f"Ray dashboard: {cluster.dashboard}", highlight=False)
         async with open_pools(config, cluster, str(cluster.shared_folder)) as running:

@@ -295,6 +295,7 @@ def test_told_to_end_is_interrupted_from_the_first_moment_and_to_the_last(
     monkeypatch: pytest.MonkeyPatch, capsys: Output
 ) -> None:
     def told(*_: object) -> None:
+        assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL, "which would end these tests"
         signal.raise_signal(signal.SIGTERM)
 
     async def nothing(*_: object) -> None:

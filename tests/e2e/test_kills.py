@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,40 @@ def test_an_interrupted_run_ends_in_order_and_leaves_nothing(weft: Any, adapters
     else:
         os.close(ours)
         status = run.wait()
+    ended_in_order(run, status, family)
+
+
+@pytest.mark.parametrize("when", ["it says that it starts", "Ray starts"])
+def test_a_run_that_is_told_to_end_while_it_starts_ends_in_order(weft: Any, adapters: str, tmp_path: Path, when: str) -> None:
+    run = weft(tmp_path / "run", adapters, *OVERRIDES)
+    _, ray_folder = folders(run)
+    run.wait_until(lambda: "starting 1 sampler" in run.output() and (when != "Ray starts" or ray_folder.exists()), when)
+    run.process.terminate()
+    ended_in_order(run, run.wait(), [])
+
+
+def test_an_impatient_interrupt_cuts_no_clean_up_short(weft: Any, adapters: str, tmp_path: Path) -> None:
+    ours, theirs = os.openpty()
+    run = weft(tmp_path / "run", adapters, *OVERRIDES, terminal=theirs)
+    os.close(theirs)
+    run.wait_until(folders(run)[0].exists, "the pools' start")
+    family = psutil.Process(run.process.pid).children(recursive=True)
+    while run.process.poll() is None and "interrupted" not in run.output():
+        os.write(ours, b"\x03")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.process.wait(0.2)
+    ended_in_order(run, run.wait(), family)
+    os.close(ours)
+
+
+def folders(run: Any) -> tuple[Path, Path]:
+    """What a run has in shared memory, and where Ray has its own."""
+    cluster = Cluster(ClusterConfig(), str(run.folder))
+    return cluster.shared_folder, Path(tempfile.gettempdir()) / f"weft-ray-{cluster.run_id}"
+
+
+def ended_in_order(run: Any, status: int, family: list[psutil.Process]) -> None:
+    """It says that it was interrupted, and what the same command does; nothing of it is left. family: what it has started."""
     assert status == 130, run.output()[-4000:]
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive, [process.cmdline() for process in alive]
@@ -101,9 +137,7 @@ def test_an_interrupted_run_ends_in_order_and_leaves_nothing(weft: Any, adapters
     there = any((run.folder / "checkpoints").glob("*/0*"))
     then = "the same command goes on from the last checkpoints" if there else "no checkpoint has been written yet"
     assert f"weft: interrupted; {then}" in run.output()
-    cluster = Cluster(ClusterConfig(), str(run.folder))
-    assert not cluster.shared_folder.exists()
-    assert not list(Path(tempfile.gettempdir()).glob(f"weft-ray-{cluster.run_id}*"))
+    assert not any(folder.exists() for folder in folders(run))
 
 
 NAMES = ("calculator-strict", "calculator-cispo", "letters")
