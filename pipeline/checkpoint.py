@@ -3,7 +3,7 @@
     <run.dir>/checkpoints/<adapter>/
         00000-00000005/         lineage 0, version 5: complete, or not there
             manifest.json       names every file with its size and SHA-256, and ends in its own SHA-256
-            pipeline.json       what the pipeline knows: Progress and the adapter's configuration
+            pipeline.json       Progress, the adapter's configuration, and the defaults that its settings had then
             ...                 what the trainer wrote
         lineage.json            the newest lineage ever begun: none is used twice, whatever was lost
         finished.json           only once the adapter is done: its last Progress
@@ -69,7 +69,8 @@ class Checkpoints:
         Raises CheckpointError, and changes nothing, when a file on the disk is not the one that the trainer says it wrote.
         """
         writing = self.folder / WRITING
-        _write_sealed(writing / PIPELINE, {"progress": dataclasses.asdict(progress), "config": plain(config)})
+        body = {"progress": dataclasses.asdict(progress), "config": plain(config), "defaults": _defaults(config)}
+        _write_sealed(writing / PIPELINE, body)
         files = {}
         for path in sorted(path for path in writing.rglob("*") if path.is_file()):
             name = path.relative_to(writing).as_posix()
@@ -117,12 +118,13 @@ class Checkpoints:
             raise CheckpointError(f"no checkpoint is whole: {'; '.join(map(str, damaged.values()))}")
         return None, damaged
 
-    def saved_config(self) -> Mapping[str, Any] | None:
-        """The configuration in the newest checkpoint where it can be read; the trainer's files are not looked at."""
+    def saved_config(self) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+        """The configuration in the newest checkpoint where it can be read, and the defaults then; the trainer's files are not
+        looked at."""
         for folder in self._complete():
             with contextlib.suppress(CheckpointError):  # `newest` will say so
-                config: Mapping[str, Any] = _read_sealed(folder / PIPELINE)["config"]
-                return config
+                body = _read_sealed(folder / PIPELINE, progress=Mapping, config=Mapping)
+                return body["config"], body.get("defaults", {})
         return None
 
     def next_lineage(self) -> int:
@@ -131,7 +133,7 @@ class Checkpoints:
         path = self.folder / LINEAGE
         if path.exists():
             try:
-                used.append(int(_read_sealed(path)["lineage"]))
+                used.append(_read_sealed(path, lineage=int)["lineage"])
             except CheckpointError:
                 used.append(max(used, default=0) + 1000)  # how many it had counted is lost: leave them all behind
         lineage = max(used, default=-1) + 1
@@ -149,7 +151,7 @@ class Checkpoints:
         if not path.exists():
             return None
         try:
-            progress = _progress(_read_sealed(path)["progress"])
+            progress = _progress(path, _read_sealed(path, progress=Mapping)["progress"])
         except CheckpointError:
             return None  # its last checkpoint is whole, or the one before is: what followed is done again
         return progress if progress.version >= config.num_steps else None
@@ -164,12 +166,16 @@ class Checkpoints:
 
 
 def check_resume(run_dir: str, config: AdapterConfig) -> None:
-    """Raises ValueError when `run_dir` holds this adapter under another configuration (num_steps may grow)."""
+    """Raises ValueError when `run_dir` holds this adapter under another configuration (num_steps may grow).
+
+    A setting that only one of the two has, for it is of a newer weft than the other, was at its default in the other.
+    """
     before = Checkpoints(run_dir, config.name, 1).saved_config()
     if before is None:
         return
-    for path, saved, value in _differences(before, plain(config), f"adapters.{config.name}"):
-        if path == f"adapters.{config.name}.num_steps" and isinstance(saved, int) and value >= saved:
+    then, now = _completed(before[0], _defaults(config)), _completed(plain(config), before[1])
+    for path, saved, value in _differences(then, now, f"adapters.{config.name}"):
+        if path == f"adapters.{config.name}.num_steps" and type(saved) is int and value >= saved:
             continue
         rule = f"{saved!r}, as in the run that {run_dir} holds (run.fresh=true starts anew there, run.dir=NEW elsewhere)"
         raise ValueError(f"{path}={value!r}: must be {rule}")
@@ -177,8 +183,9 @@ def check_resume(run_dir: str, config: AdapterConfig) -> None:
 
 def verify(folder: Path) -> Checkpoint:
     """Read a checkpoint. Raises CheckpointError naming the file that is cut short, altered or not there."""
-    manifest = _read_sealed(folder / MANIFEST)
-    for name, said in manifest["files"].items():
+    for name, said in _read_sealed(folder / MANIFEST, files=Mapping)["files"].items():
+        if not (isinstance(said, Mapping) and {"bytes", "sha256"} <= said.keys()):
+            raise CheckpointError(f"{folder / MANIFEST}: not what this version of weft writes, by {name!r}")
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path}: not there")
@@ -186,7 +193,8 @@ def verify(folder: Path) -> Checkpoint:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes, not {said['bytes']}")
         if _sha256(path) != said["sha256"]:
             raise CheckpointError(f"{path}: altered, its SHA-256 is another")
-    return Checkpoint(folder, _progress(_read_sealed(folder / PIPELINE)["progress"]))
+    body = _read_sealed(folder / PIPELINE, progress=Mapping, config=Mapping)
+    return Checkpoint(folder, _progress(folder / PIPELINE, body["progress"]))
 
 
 def replace_folder(written: Path, final: Path) -> None:
@@ -222,8 +230,32 @@ def plain(config: AdapterConfig) -> dict[str, Any]:
     return dict(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
-def _progress(saved: Mapping[str, Any]) -> Progress:
+def _defaults(config: AdapterConfig) -> dict[str, Any]:
+    return plain(AdapterConfig(name=config.name))
+
+
+def _completed(config: Any, defaults: Any) -> Any:
+    """The configuration with the defaults of what it does not have."""
+    if not (isinstance(config, Mapping) and isinstance(defaults, Mapping)):
+        return config
+    names = {**defaults, **config}
+    return {name: _completed(config[name], defaults.get(name)) if name in config else defaults[name] for name in names}
+
+
+def _progress(path: Path, saved: Mapping[str, Any]) -> Progress:
+    """Raises CheckpointError for what another version of weft may have sealed in `path`: it cannot be gone on from."""
+    known = dataclasses.asdict(Progress())
+    wrong = sorted({*saved} ^ {*known}) or [name for name, first in known.items() if not _is_like(saved[name], first)]
+    if wrong:
+        raise CheckpointError(f"{path}: not what this version of weft writes, by {', '.join(map(repr, wrong))}")
     return Progress(**{**saved, "rewards": tuple(saved["rewards"])})
+
+
+def _is_like(value: Any, first: Any) -> bool:
+    """Whether a field of Progress may be `value`. first: what it is at first."""
+    if isinstance(first, tuple):
+        return isinstance(value, list) and all(isinstance(item, (int, float)) for item in value)
+    return value is None or isinstance(value, (int, float)) if first is None else type(value) is type(first)
 
 
 def _differences(saved: Any, now: Any, path: str) -> list[tuple[str, Any, Any]]:
@@ -249,16 +281,23 @@ def _replace_sealed(path: Path, body: Any) -> None:
     _sync(path.parent)
 
 
-def _read_sealed(path: Path) -> Any:
+def _read_sealed(path: Path, **fields: type) -> Mapping[str, Any]:
+    """The body, which has these fields, each of its type. Raises CheckpointError."""
     try:
         sealed = json.loads(path.read_bytes())
-        if sealed["sha256"] == _digest(sealed["body"]):
-            return sealed["body"]
+        whole = sealed["sha256"] == _digest(sealed["body"])
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not there") from None
-    except (ValueError, KeyError, TypeError):  # not JSON, or not the JSON that we write
-        pass
-    raise CheckpointError(f"{path}: cut short or altered")
+    except (ValueError, KeyError, TypeError, RecursionError):  # not JSON, or not the JSON that we write
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{path}: cut short or altered")
+    body = sealed["body"]
+    for name, kind in fields.items():
+        if not (isinstance(body, Mapping) and isinstance(body.get(name), kind)):
+            raise CheckpointError(f"{path}: not what this version of weft writes, by {name!r}")
+    found: Mapping[str, Any] = body
+    return found
 
 
 def _sha256(path: Path) -> str:

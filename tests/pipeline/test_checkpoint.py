@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -96,6 +97,70 @@ def test_every_single_altered_byte_is_noticed(checkpoints):
     verify(path)
 
 
+def reseal(folder, file, change):
+    """`change` the body of a sealed file of a checkpoint, and seal it and the checkpoint again, as another weft would have."""
+    body = json.loads((folder / file).read_text())["body"]
+    body = change(body) or body
+    seal(folder / file, body)
+    if file != MANIFEST:
+        files = json.loads((folder / MANIFEST).read_text())["body"]
+        data = (folder / file).read_bytes()
+        files["files"][file] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        seal(folder / MANIFEST, files)
+
+
+def seal(path, body):
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({"body": body, "sha256": digest}))
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        (PIPELINE, lambda body: body["progress"].update(mood="good")),
+        (PIPELINE, lambda body: body["progress"].pop("rollbacks") and None),
+        (PIPELINE, lambda body: body["progress"].pop("rewards") and None),
+        (PIPELINE, lambda body: body["progress"].update(version="5")),
+        (PIPELINE, lambda body: body["progress"].update(rewards=["high"])),
+        (PIPELINE, lambda body: body["progress"].update(eval_base="high")),
+        (PIPELINE, lambda body: body.update(progress=[5])),
+        (PIPELINE, lambda body: body.pop("progress") and None),
+        (PIPELINE, lambda body: body.pop("config") and None),
+        (PIPELINE, lambda body: body.update(config=None)),
+        (PIPELINE, lambda body: [body]),
+        (MANIFEST, lambda body: body.pop("files") and None),
+        (MANIFEST, lambda body: body["files"].update({"masters.bin": 3})),
+        (MANIFEST, lambda body: body["files"]["masters.bin"].pop("sha256") and None),
+    ],
+)
+def test_a_sealed_file_of_another_form_is_a_damaged_checkpoint(checkpoints, tmp_path, file, change):
+    write(checkpoints, 4)
+    folder = write(checkpoints, 5)
+    reseal(folder, file, change)
+    with pytest.raises(CheckpointError, match=str(folder / file)):
+        verify(folder)
+    check_resume(str(tmp_path), CONFIG)
+    found, said = checkpoints.newest()
+    assert found.progress.version == 4 and len(said) == 1
+
+
+def test_a_sealed_file_of_another_form_loses_no_lineage_and_ends_no_adapter(checkpoints):
+    assert checkpoints.next_lineage() == 0
+    seal(checkpoints.folder / "lineage.json", {"line": 7})
+    assert checkpoints.next_lineage() > 7
+    checkpoints.finish(CONFIG, Progress(version=30))
+    for body in ({}, {"progress": {"version": 30}}, 3):
+        seal(checkpoints.folder / "finished.json", body)
+        assert checkpoints.finished(CONFIG) is None
+
+
+def test_brackets_without_end_are_an_altered_file(checkpoints):
+    path = write(checkpoints, 5) / MANIFEST
+    path.write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(CheckpointError, match="no checkpoint is whole"):
+        checkpoints.newest()
+
+
 def test_a_file_that_is_not_what_the_trainer_wrote_is_refused_and_the_older_stay(checkpoints):
     write(checkpoints, 5)
     folder = checkpoints.begin()
@@ -155,6 +220,38 @@ def test_a_run_resumed_under_another_setting_is_refused_by_name(checkpoints, tmp
     with pytest.raises(ValueError) as caught:
         check_resume(str(tmp_path), changed)
     assert str(caught.value).startswith(setting) and "run.fresh=true" in str(caught.value)
+
+
+def test_a_setting_that_an_older_weft_did_not_have_had_its_default_in_that_run(checkpoints, tmp_path):
+    def forget(body):
+        body["config"].pop("max_staleness")
+        body["config"].pop("lora")
+        body.pop("defaults")
+
+    reseal(write(checkpoints, 5), PIPELINE, forget)
+    check_resume(str(tmp_path), CONFIG)
+    with pytest.raises(ValueError, match="adapters.a.max_staleness=2: must be 1"):
+        check_resume(str(tmp_path), replace(CONFIG, max_staleness=2))
+    with pytest.raises(ValueError, match="adapters.a.lora.rank=4: must be 8"):
+        check_resume(str(tmp_path), replace(CONFIG, lora=LoraConfig(rank=4)))
+
+
+def test_a_setting_of_a_newer_weft_hinders_only_where_it_had_another_value_than_its_default(checkpoints, tmp_path):
+    def learn(**values):
+        def change(body):
+            for name, value in {"warmth": 3, "mirror": {"depth": 2}}.items():
+                body["defaults"][name], body["config"][name] = value, values.get(name, value)
+
+        return change
+
+    reseal(write(checkpoints, 5), PIPELINE, learn())
+    check_resume(str(tmp_path), CONFIG)
+    reseal(write(checkpoints, 6), PIPELINE, learn(warmth=4))
+    with pytest.raises(ValueError, match=r"adapters.a.warmth=3: must be 4, as in the run"):
+        check_resume(str(tmp_path), CONFIG)
+    reseal(write(checkpoints, 7), PIPELINE, learn(mirror={"depth": 5}))
+    with pytest.raises(ValueError, match=r"adapters.a.mirror.depth=2: must be 5"):
+        check_resume(str(tmp_path), CONFIG)
 
 
 STEPS = [
