@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from weft.actors.lora import SlabLayout
+from weft.actors.trainer_state import naming_folder
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -43,7 +44,8 @@ PLAIN: dict[str, Any] = {
 def write_peft_folder(folder: Path, layout: SlabLayout, flat: Tensor, alpha: float, base_model: str) -> None:
     """flat: fp32 [D], the master weights. base_model: the path or name of the base, which PEFT records.
 
-    The folder is made; files of an earlier adapter in it are replaced, each at once.
+    The folder is made; files of an earlier adapter in it are replaced, each at once. Raises OSError, which names the folder,
+    where the disk does not take them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -62,8 +64,9 @@ def write_peft_folder(folder: Path, layout: SlabLayout, flat: Tensor, alpha: flo
         "inference_mode": True,
     }
     parts = {WEIGHTS_FILE: folder / f".{WEIGHTS_FILE}", CONFIG_FILE: folder / f".{CONFIG_FILE}"}
-    save_file(tensors, parts[WEIGHTS_FILE], metadata={"format": "pt"})
-    parts[CONFIG_FILE].write_text(json.dumps(config, indent=2) + "\n")
+    with naming_folder(folder):
+        save_file(tensors, parts[WEIGHTS_FILE], metadata={"format": "pt"})
+        parts[CONFIG_FILE].write_text(json.dumps(config, indent=2) + "\n")
     for name, part in parts.items():
         part.replace(folder / name)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +37,35 @@ def first_seed(config: AdapterConfig) -> int:
 
 
 def write_state(folder: Path, state: Tensor, header: Mapping[str, Any]) -> dict[str, str]:
-    """state: fp32 [3, D] on the host. -> SHA-256 by file name, once it is on the disk."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """state: fp32 [3, D] on the host. -> SHA-256 by file name, once it is on the disk. Raises OSError, which names the folder,
+    where the disk does not take it."""
     part = folder / f".{STATE_FILE}"
     tensors = {name: tensor.clone() for name, tensor in zip(STATE_TENSORS, state.unbind(), strict=True)}
-    save_file(tensors, part, metadata={"weft": json.dumps(header)})
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())
-        checksum = hashlib.file_digest(file, "sha256").hexdigest()
-    part.replace(folder / STATE_FILE)
+    with naming_folder(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, part, metadata={"weft": json.dumps(header)})
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        part.replace(folder / STATE_FILE)
     return {STATE_FILE: checksum}
+
+
+@contextmanager
+def naming_folder(folder: Path) -> Iterator[None]:
+    """What the disk refuses is an OSError that names the folder; safetensors has one of its own, without errno."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(folder)) from error
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(found[1]) if found else errno.ENOSPC if os.strerror(errno.ENOSPC) in str(error) else 0
+        if not number:
+            raise
+        raise OSError(number, os.strerror(number), str(folder)) from error
 
 
 def read_state(folder: Path) -> tuple[Tensor, dict[str, Any]]:

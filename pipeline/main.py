@@ -43,7 +43,7 @@ from weft.pipeline.samples import Samples
 from weft.pipeline.summary import print_closing, summarize, write_summary
 from weft.pipeline.table import make_table
 from weft.pipeline.trace import TRACE_FILE, Trace
-from weft.transport.errors import CheckpointError, WeftError
+from weft.transport.errors import CheckpointError, RemoteError, WeftError
 
 if TYPE_CHECKING:  # what takes seconds to import waits until the settings have been read
     from weft.actors.cluster import RayMetrics
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"weft: {error}", file=sys.stderr)
         return MISTAKE
     except WeftError as error:
-        print(f"weft: {error}\n{_what_next(config)}", file=sys.stderr)
+        print(f"weft: {_told(error)}\n{_what_next(config)}", file=sys.stderr)
         return FAILED
     except OSError as error:
         if error.errno not in DISK:
@@ -107,6 +107,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"weft: interrupted; {_what_next(config)}", file=sys.stderr)
         return INTERRUPTED
+
+
+def _told(error: WeftError) -> str:
+    """A disk that a process of the pools finds full is one line, as one that is found full here; what else it met has its
+    traceback."""
+    of_disk = isinstance(error, RemoteError) and error.kind in ("OSError", "PermissionError")
+    if of_disk and any(f"[Errno {number}]" in str(error.args[0]) for number in DISK):
+        return str(error.args[0])
+    return str(error)
 
 
 def _what_next(config: Config | None) -> str:
@@ -325,7 +334,7 @@ async def _watch(
         table = make_table(config.run.table, statistics, title=config.model.path, dashboard=dashboard, console=console)
         pools = Pools(running.samplers, running.trainers, running.sync)
         asked: dict[str, Counting] = {"samplers": running.samplers, "trainers": running.trainers, "sync": running.sync}
-        members = Members(asked, lambda: statistics().time, metrics)
+        members = Members(asked, lambda: statistics().time, metrics, lambda message: pipeline.warn(message))
         samples = Samples(config.run.dir, metrics.session, lambda message: pipeline.warn(message))
         observers = (metrics, trace, table, samples)
         pipeline = Pipeline(config.run, config.cluster.trainer, pools, observers, time.monotonic)

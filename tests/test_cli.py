@@ -35,7 +35,7 @@ from weft.pipeline import main as command
 from weft.pipeline.adapter import Progress
 from weft.pipeline.checkpoint import Checkpoints
 from weft.pipeline.folder import hold, move_aside
-from weft.transport.errors import StartError
+from weft.transport.errors import RemoteError, StartError
 
 Output = pytest.CaptureFixture[str]
 TRAIN = command._train
@@ -280,6 +280,20 @@ def test_whatever_ends_a_run_it_names_checkpoints_only_where_there_are_any(
     with monkeypatch.context() as patched:
         patched.setattr(command, "preflight", ended)  # before the earlier run is moved aside
         assert said("run.fresh=true").endswith("the same command without run.fresh=true goes on from the last checkpoints\n")
+
+
+@pytest.mark.parametrize(("kind", "text"), [("OSError", "[Errno 28] No space left on device"), ("KeyError", "'a'")])
+def test_a_disk_that_a_process_of_the_pools_finds_full_is_one_line_and_any_other_fault_has_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: Output, kind: str, text: str
+) -> None:
+    def ended(*_: object) -> None:
+        raise RemoteError(f"{kind} at trainer-0: {text}: 'out/checkpoints/a'", kind, "Traceback:\n  there")
+
+    monkeypatch.setattr(command, "_train", ended)
+    assert run() == command.FAILED
+    trace = [] if kind == "OSError" else ["Traceback:", "  there"]
+    said = [f"weft: {kind} at trainer-0: {text}: 'out/checkpoints/a'", *trace]
+    assert capsys.readouterr().err.splitlines() == [*said, "no checkpoint has been written yet; the same command starts anew"]
 
 
 def test_what_is_interrupted_before_it_knows_its_settings_says_so(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:

@@ -1,5 +1,7 @@
 """An adapter's life in the trainer: made, saved, loaded, published, exported, dropped."""
 
+import errno
+import os
 import resource
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from weft.actors.canary import canary_allowance, canary_tokens
 from weft.actors.checksum import checksum
 from weft.actors.lora import init_pairs
 from weft.actors.peft_folder import read_peft_folder
 from weft.actors.slab_ipc import Boxes, Taker
+from weft.actors.trainer_state import naming_folder
 from weft.configs.expand import to_mapping
 from weft.configs.schema import AdapterConfig, LoraConfig, LossConfig, OptimizerConfig
 from weft.transport import messages
@@ -212,6 +216,40 @@ def test_a_slab_whose_file_finds_no_room_leaves_nothing_and_may_be_asked_for_aga
         assert not list(folder.iterdir())
     handle = bench.ask(messages.Publish(AdapterRef("one", 0, 0)))
     assert list(folder.iterdir()) == [Path(handle.path)]
+
+
+@pytest.mark.parametrize("ask", [messages.Save, messages.Export])
+def test_a_disk_without_room_is_an_os_error_that_names_the_folder_and_leaves_what_was_there(
+    make: Make, tmp_path: Path, ask: type
+) -> None:
+    bench, before = make(ONE), resource.getrlimit(resource.RLIMIT_FSIZE)
+    bench.ask(messages.Save(AdapterRef("one", 0, 0), str(tmp_path / "first")))
+    (tmp_path / "next").mkdir()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # no file takes a byte more
+    try:
+        with pytest.raises(OSError) as caught:
+            bench.ask(ask(AdapterRef("one", 0, 0), str(tmp_path / "next")))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "next"))
+    assert not list((tmp_path / "next").glob("*.safetensors"))
+    bench.ask(messages.Load(AdapterRef("one", 1, 0), str(tmp_path / "first")))
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("Error while serializing: I/O error: No space left on device (os error 28)", errno.ENOSPC),
+        ("I/O error: Read-only file system (os error 30)", errno.EROFS),
+        ("No space left on device", errno.ENOSPC),
+    ],
+)
+def test_what_the_disk_refused_is_known_by_its_number_and_what_it_did_not_refuse_stays_as_it_is(text: str, number: int) -> None:
+    with pytest.raises(OSError) as caught, naming_folder(Path("/full")):
+        raise SafetensorError(text)
+    assert (caught.value.errno, caught.value.strerror, caught.value.filename) == (number, os.strerror(number), "/full")
+    with pytest.raises(SafetensorError), naming_folder(Path("/full")):
+        raise SafetensorError("Error while serializing: the tensor has another size")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
