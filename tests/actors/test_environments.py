@@ -208,6 +208,10 @@ async def grade_async(completion: str, row: dict) -> float:
     return len(completion) / 4
 
 
+def grade_in_numpy(completion: str, row: dict[str, Any]) -> Any:
+    return np.float32(0.25) if completion else np.True_
+
+
 def grade_badly(completion: str, row: dict) -> str:
     return "good"
 
@@ -266,6 +270,8 @@ def test_jsonl_reward_functions_sync_and_async(tmp_path, graders: str) -> None:
     assert respond(environment, prompt, prompt.answer["prompt"]).reward == 1.0
     slow = load_environment("jsonl", {**settings, "reward": f"{graders}.grade_async"})
     assert respond(slow, prompt, "ab").reward == 0.5
+    array = load_environment("jsonl", {**settings, "reward": f"{graders}.grade_in_numpy"})
+    assert [respond(array, prompt, said).reward for said in ("ab", "")] == [0.25, 1.0]
     bad = load_environment("jsonl", {**settings, "reward": f"{graders}.grade_badly"})
     with pytest.raises(TypeError, match="'good'"):
         respond(bad, prompt, "ab")
