@@ -213,12 +213,12 @@ async def statistics_of(members: Sequence[Member]) -> list[Any]:
 
 
 async def numbers_of(members: Sequence[Member]) -> dict[str, dict[str, float]]:
-    """By name: how often each has died, and what the processes that answer now count of themselves."""
+    """By name: how often each has died, whether it takes requests, whether it answers now, and what it counts if it does."""
 
     async def ask(member: Member) -> tuple[str, dict[str, float]]:
-        found = {"deaths": float(member.deaths), "ready": float(member.ready)}
-        with suppress(WeftError):
-            found |= numbers(await member.request(messages.GetStatistics(), STATISTICS_DEADLINE_S))
+        found = {"deaths": float(member.deaths), "ready": float(member.ready), "answers": 0.0}
+        with suppress(WeftError):  # told of by `answers`
+            found |= numbers(await member.request(messages.GetStatistics(), STATISTICS_DEADLINE_S)) | {"answers": 1.0}
         return member.name, found
 
     return dict(await together(*(ask(member) for member in members)))

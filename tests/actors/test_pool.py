@@ -484,15 +484,16 @@ def test_what_processes_count_is_told_under_their_names_with_the_deaths_of_their
             counted = await pools.samplers.numbers()
             assert counted["sampler-0"] == counted["sampler-1"]
             assert counted["sampler-0"] == {
-                "deaths": 0, "ready": 1, "live_versions": 1, "rollouts_in_flight": 3, "tokens_sampled": 0, "installs": 0,
-                "busy_seconds": 0, "prompt_tokens": 8, "cached_tokens": 5,
+                "deaths": 0, "ready": 1, "answers": 1, "live_versions": 1, "rollouts_in_flight": 3, "tokens_sampled": 0,
+                "installs": 0, "busy_seconds": 0, "prompt_tokens": 8, "cached_tokens": 5,
             }  # fmt: skip
             assert (await pools.trainers.numbers())["trainer-0"]["adapters/host"] == 2
             assert (await pools.sync.numbers())["relay"]["bytes_sent"] == 7
             world.held_back.add("sampler-0")
             await world.kill("sampler-0")
             await world.until(lambda: pools.sampler_members[0].deaths == 1)
-            assert (await pools.samplers.numbers())["sampler-0"] == {"deaths": 1, "ready": 0}, "it has nothing to ask"
+            dead = (await pools.samplers.numbers())["sampler-0"]
+            assert dead == {"deaths": 1, "ready": 0, "answers": 0}, "it has nothing to ask"
             world.held_back.clear()
             await pools.samplers.wait_ready()
             assert (await pools.samplers.numbers())["sampler-0"] == {**counted["sampler-1"], "deaths": 1}
