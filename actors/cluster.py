@@ -267,7 +267,7 @@ class Cluster:
 
     def _init_ray(self) -> None:
         # A terminal that closes tells this process's group, which Ray's servers are in: they live until this one ends them.
-        # Ray's handler of SIGTERM would end this one there and then, without a word.
+        # Ray's handlers of SIGTERM, in Python and then in C++, would end this one there and then.
         with variables(RAY_ENVIRONMENT), signals.blocked(signal.SIGHUP), signals.kept(signal.SIGTERM):
             import ray
 

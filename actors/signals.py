@@ -20,8 +20,9 @@ def blocked(one: signal.Signals) -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept(one: signal.Signals) -> Iterator[None]:
-    """Nothing here can put a handler in the place of the one that the signal has. To put that back afterwards would be too
-    late for a signal that comes meanwhile; and blocked, as above, it would never end what is started here."""
+    """Nothing here puts a handler in the place of the one that Python has for the signal: to put it back afterwards would be
+    too late for a signal that comes meanwhile, and blocked, as above, it would never end what is started here. What is put
+    behind Python's back is gone at the end."""
     put = signal.signal
 
     def put_another(number: int, handler: Any) -> Any:
@@ -32,3 +33,5 @@ def kept(one: signal.Signals) -> Iterator[None]:
         yield
     finally:
         signal.signal = put
+        if (own := signal.getsignal(one)) is not None:
+            put(one, own)

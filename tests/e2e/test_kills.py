@@ -99,11 +99,12 @@ def test_an_interrupted_run_ends_in_order_and_leaves_nothing(weft: Any, adapters
     ended_in_order(run, status, family)
 
 
-@pytest.mark.parametrize("when", ["it says that it starts", "Ray starts"])
+@pytest.mark.parametrize("when", ["it says that it starts", "Ray starts", "Ray has started"])
 def test_a_run_that_is_told_to_end_while_it_starts_ends_in_order(weft: Any, adapters: str, tmp_path: Path, when: str) -> None:
     run = weft(tmp_path / "run", adapters, *OVERRIDES)
-    _, ray_folder = folders(run)
-    run.wait_until(lambda: "starting 1 sampler" in run.output() and (when != "Ray starts" or ray_folder.exists()), when)
+    shared_folder, ray_folder = folders(run)
+    told = {"Ray starts": ray_folder.exists, "Ray has started": shared_folder.exists}
+    run.wait_until(told.get(when, lambda: "starting 1 sampler" in run.output()), when)
     run.process.terminate()
     ended_in_order(run, run.wait(), [])
 
