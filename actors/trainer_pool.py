@@ -112,6 +112,10 @@ class TrainerPool:
         """The processes that hold this adapter, dead or alive."""
         return self._home[name]
 
+    def expect(self, adapters: int) -> None:
+        """So many are to come from now on: where they are fewer than the trainers, these are shared out among them."""
+        self._expected = adapters
+
     async def wait_ready(self) -> None:
         """Returns when every trainer runs. One that was restarted is empty: `add` and `load`."""
         await all_ready(self._members)

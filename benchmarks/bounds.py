@@ -2,10 +2,10 @@
 
 The bound X of the pools' model, beside what a policy reached:
 
-N adapters with staleness s; R(n) = a + b n the rollout time of a step with n adapters sampling at once, D the trainer's time
-for a step of one adapter, Y its sync:
+N adapters with staleness s; R(n) = a + b n the rollout time of a step with n adapters sampling at once on all samplers, D the
+time of one trainer for a step of one adapter, M trainers, Y a sync:
 
-    X <= min(N (s + 1) / (a + b + D + Y), 1 / b, 1 / D)    adapter-steps a second
+    X <= min(N (s + 1) / (a + b + D / M + Y), 1 / b, M / D)    adapter-steps a second
 """
 
 from __future__ import annotations
@@ -23,18 +23,20 @@ def bounds(policies: Mapping[str, Mapping[str, Any]], adapters: int, staleness: 
     """policies: numbers as experiments.measure gives them, of a serial one and of one in lock step. staleness: of each policy.
 
     a and b are from how long a step waited for its rollouts alone (serial) and with all others (lock step). D is the least
-    trainer time a step of any policy, so that the bound holds for each of them.
+    trainer time a step of any policy, so that the bound holds for each of them. That a step could be shared by all trainers
+    (D / M) is more than any policy does with more adapters than trainers.
     """
     serial, lock_step = policies["serial-on-policy"], policies["lock-step"]
     alone, together = (policy["step_parts"]["rollout"]["median"] for policy in (serial, lock_step))
     b = (together - alone) / (adapters - 1)
     a, y = alone - b, serial["step_parts"]["sync"]["median"]
     d = min(policy["train_seconds_a_step"] for policy in policies.values())
-    found: dict[str, Any] = {"a": a, "b": b, "D": d, "Y": y, "N": adapters, "steps_per_second": {}}
+    m = max(policy["pools"]["trainers"]["capacity"] for policy in policies.values())
+    found: dict[str, Any] = {"a": a, "b": b, "D": d, "M": m, "Y": y, "N": adapters, "steps_per_second": {}}
     for name, policy in policies.items():
         reached = policy["steps"] / policy["final_experiment_time"]
         at_once = 1 if name.startswith("serial") else adapters
-        terms = {"N(s+1)/(a+b+D+Y)": at_once * (staleness[name] + 1) / (a + b + d + y), "1/D": 1 / d}
+        terms = {"N(s+1)/(a+b+D/M+Y)": at_once * (staleness[name] + 1) / (a + b + d / m + y), "M/D": m / d}
         if b > 0:
             terms["1/b"] = 1 / b
         limit = min(terms, key=terms.__getitem__)

@@ -2,6 +2,7 @@
 
     python benchmarks/experiments.py            the demo's eight adapters  -> benchmarks/results/experiments-cpu.json
     python benchmarks/experiments.py --smoke    three of them, four steps each: under three minutes on two cores
+    python benchmarks/experiments.py --forced FOLDER --policies A,B,... [cluster=h200x4]    on GPUs: benchmarks/README.md
 
 serial: one adapter at a time, each with both pools to itself; the engine stays warm between them. together: all at once, as
 weft runs them. Samplers, trainer and sync are the same processes in both, and have sampled, trained and synced two steps
@@ -20,22 +21,22 @@ import contextlib
 import dataclasses
 import datetime
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import forced
 from bounds import TIMES, bounds, ratios, versus
-from policies import RULES, AfterPublish, Turn, hold_on_device, launch_budget, states_on_device
-from record import RESULTS, commit, hardware, spread, versions, write_result
+from policies import RULES, AfterPublish, Turn, Unsaved, hold_on_device, launch_budget, states_on_device
+from policy_numbers import Policy, measure, merged
+from record import RESULTS, commit, hardware, place, versions, write_result
 
 from weft.configs.schema import AdapterConfig, Config
-from weft.pipeline.events import Event, GroupSampled, LaunchEnded, Phase, PhaseChanged, PipelineStatistics, StepTaken
+from weft.pipeline.events import LaunchEnded
 from weft.pipeline.interfaces import Pools
+from weft.pipeline.trace import write_trace
 
 if TYPE_CHECKING:
     from weft.actors.wiring import RunningPools
@@ -53,93 +54,8 @@ FORCED = (
 SMOKE = ("every.num_steps=4", "every.batch_size=32", "every.eval_prompts=0")
 SMOKE_ADAPTERS = 3
 WARM_UP_STEPS = 2
-
-
-@dataclass
-class Policy:
-    """What one policy did: its events, with times since the policy began, and the pools' figures of each pipeline in it."""
-
-    name: str
-    events: list[Event] = field(default_factory=list)
-    pipelines: list[PipelineStatistics] = field(default_factory=list)
-    moved_bytes: int = 0  # of adapters' states, to the trainers' cards and from them, where the policy is about that
-
-    def experiments(self, adapters: Sequence[AdapterConfig]) -> Sequence[AdapterConfig]:
-        """Those that it does."""
-        return adapters[: RULES[self.name].first] if self.name in RULES else adapters
-
-    def rename(self, adapter: AdapterConfig) -> AdapterConfig:
-        """The adapter under its name in this policy."""
-        staleness = RULES[self.name].max_staleness if self.name in RULES else None
-        bound = adapter.max_staleness if staleness is None else staleness
-        return dataclasses.replace(adapter, name=f"{adapter.name}.{self.name}", max_staleness=bound)
-
-    def plain(self, name: str) -> str:
-        """The name that the adapter has in both policies."""
-        return name.removesuffix(f".{self.name}")
-
-    def ends(self) -> dict[str, float]:
-        """When each adapter had finished, by its plain name, in that order."""
-        finished = [event for event in self.events if isinstance(event, PhaseChanged) and event.phase is Phase.FINISHED]
-        return {self.plain(event.adapter): event.time for event in finished}
-
-    def observer(self, shift: float) -> Any:
-        """An observer for a pipeline that begins `shift` seconds after the policy."""
-
-        def observe(event: Event) -> None:
-            start = {"start": event.start + shift} if isinstance(event, GroupSampled) else {}
-            self.events.append(dataclasses.replace(event, time=event.time + shift, **start))
-
-        return observe
-
-
-def measure(policy: Policy) -> dict[str, Any]:
-    """The numbers of one policy. Seconds, but for shares (of its whole time) and counts."""
-    finished = policy.ends()
-    steps = [event for event in policy.events if isinstance(event, StepTaken)]
-    groups = [event for event in policy.events if isinstance(event, GroupSampled) and not event.held_out]
-    launches = [event for event in policy.events if isinstance(event, LaunchEnded)]
-    final = max(finished.values())
-    sampled, trained = sum(step.tokens_sampled for step in steps), sum(step.tokens_trained for step in steps)
-    return {
-        "experiments": len(finished),
-        "first_experiment_time": min(finished.values()),
-        "mean_experiment_time": statistics.fmean(finished.values()),
-        "final_experiment_time": final,
-        "ends": finished,
-        "steps": len(steps),
-        "step_time": spread([e.rollout_seconds + e.queue_seconds + e.train_seconds + e.sync_seconds for e in steps]),
-        "step_parts": {
-            part: spread([getattr(step, f"{part}_seconds") for step in steps]) for part in ("rollout", "queue", "train", "sync")
-        },
-        "rollout_time": spread([event.time - event.start for event in groups]),
-        "launch_time": spread([launch.seconds for launch in launches]),
-        "train_seconds_a_step": sum(launch.seconds for launch in launches) / len(steps),
-        "adapters_per_launch": statistics.fmean(len(launch.tokens) for launch in launches),
-        "moved_mb_a_step": policy.moved_bytes / len(steps) / 1e6,
-        "tokens_sampled": sampled,
-        "tokens_trained": trained,
-        "tokens_sampled_per_second": sampled / final,
-        "tokens_trained_per_second": trained / final,
-        "pools": {name: share([(p.time, getattr(p, name)) for p in policy.pipelines]) for name in ("samplers", "trainers")},
-        "staleness_violations": sum(p.staleness_violations for p in policy.pipelines),
-        "max_staleness_seen": max(max(step.staleness) for step in steps),
-        "held_out": {
-            policy.plain(name): [adapter.eval_base, adapter.eval_final]
-            for pipeline in policy.pipelines
-            for name, adapter in pipeline.adapters.items()
-        },
-    }
-
-
-def share(pools: Sequence[tuple[float, Any]]) -> dict[str, float]:
-    """Busy share and load of one pool over pipelines that followed each other: (seconds, PoolStatistics) of each."""
-    whole = sum(seconds for seconds, _ in pools)
-    return {
-        "busy": sum(pool.busy_seconds for _, pool in pools) / whole,
-        "load": sum(pool.load * seconds for seconds, pool in pools) / whole,
-        "capacity": pools[0][1].capacity,
-    }
+TRACE_S = 6.0  # seconds of a policy in its trace
+NOT_WRITTEN = ("checkpoints", "exported adapters")  # where the base is forced
 
 
 def bound_of(policies: Mapping[str, Mapping[str, Any]], adapters: Sequence[AdapterConfig]) -> dict[str, Any]:
@@ -151,6 +67,25 @@ def bound_of(policies: Mapping[str, Mapping[str, Any]], adapters: Sequence[Adapt
     return bounds(policies, len(adapters), staleness)
 
 
+def compared(policies: Mapping[str, Mapping[str, Any]], adapters: Sequence[AdapterConfig]) -> dict[str, Any]:
+    """Policies beside each other and beside what their pools allow, as a result has them."""
+    return {"policies": policies, "versus": versus(policies), "bound": bound_of(policies, adapters)}
+
+
+def row_of(policy: Policy, config: Config) -> dict[str, Any] | None:
+    """Its numbers, and in the run's folder a trace of some seconds out of its middle. One that has not finished is no row."""
+    try:
+        check({policy.name: policy}, config.adapters)
+    except SystemExit as unfinished:
+        print(unfinished, flush=True)
+        return None
+    measured = measure(policy)
+    middle = measured["final_experiment_time"] / 2
+    trace = Path(config.run.dir) / f"{policy.name}.trace.json"
+    write_trace(trace, policy.events, middle - TRACE_S / 2, middle + TRACE_S / 2)
+    return measured
+
+
 def check(policies: Mapping[str, Policy], adapters: Sequence[AdapterConfig]) -> None:
     """Numbers count only where the work was done. Raises SystemExit that says what was not."""
     for policy in policies.values():
@@ -160,8 +95,10 @@ def check(policies: Mapping[str, Policy], adapters: Sequence[AdapterConfig]) -> 
             raise SystemExit(f"{policy.name}: not finished: {missing}, staleness violations: {broken}; nothing is written")
 
 
-async def run_on_cluster(config: Config, names: Sequence[str]) -> dict[str, Policy]:
-    """Each policy, one after the other, on one cluster."""
+async def run_on_cluster(
+    config: Config, names: Sequence[str], saved: bool, tell: Callable[[Policy], None]
+) -> dict[str, Policy]:
+    """Each policy, one after the other, on one cluster. saved: whether checkpoints and adapters are written."""
     from weft.actors import wiring
     from weft.actors.cluster import Cluster
 
@@ -173,7 +110,8 @@ async def run_on_cluster(config: Config, names: Sequence[str]) -> dict[str, Poli
     ):
         await running.wait_ready()
         before = await processes(running)
-        done = await run_both(config, Pools(running.samplers, running.trainers, running.sync), names)
+        trainers = running.trainers if saved else Unsaved(running.trainers)
+        done = await run_both(config, Pools(running.samplers, trainers, running.sync), names, tell)
         after = await processes(running)
     if before != after:
         raise SystemExit(f"a process died and was restarted (pids {before} before, {after} after): nothing is written")
@@ -200,7 +138,8 @@ async def run_both(
     all_of_them = [
         dataclasses.replace(warm.rename(adapter), num_steps=WARM_UP_STEPS, eval_prompts=0) for adapter in config.adapters
     ]
-    await run_policy(config, pools, warm, [all_of_them], clock)
+    alone = [[all_of_them[0]]] if pools.trainers.capacity > 1 else []  # whose steps all trainers share
+    await run_policy(config, pools, warm, [all_of_them, *alone], clock)
     step_tokens = max(tokens for event in warm.events if isinstance(event, LaunchEnded) for tokens in event.tokens.values())
     done = {name: Policy(name) for name in names}
     for policy in done.values():
@@ -238,13 +177,15 @@ async def moving(policy: Policy, pools: Pools, own: int) -> AsyncIterator[None]:
 async def run_policy(
     config: Config, pools: Pools, policy: Policy, rounds: Sequence[Sequence[AdapterConfig]], clock: Callable[[], float]
 ) -> None:
-    """Each round is one pipeline, the next begins when all its adapters have ended. Files go to <run.dir>/<policy>."""
+    """Each round is one pipeline, the next begins when all its adapters have ended. Where they are fewer than the trainers,
+    each is trained by several. Files go to <run.dir>/<policy>."""
     from weft.pipeline.metrics import Metrics
     from weft.pipeline.run import Pipeline
 
     settings = dataclasses.replace(config.run, dir=str(Path(config.run.dir) / policy.name))
     began = clock()
     for adapters in rounds:
+        pools.trainers.expect(len(adapters))
         with Metrics(settings.dir) as metrics:
             observers = (metrics, policy.observer(clock() - began))
             pipeline = Pipeline(settings, config.cluster.trainer, pools, observers, clock)
@@ -271,6 +212,20 @@ def prepare(overrides: Sequence[str], smoke: bool, folder: str) -> Config:
     return config
 
 
+def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--smoke", action="store_true", help="fewer adapters and steps; the result goes to the output folder")
+    parser.add_argument("--forced", type=Path, help="GPUs, and a random base of the Qwen3-4B shape in this folder")
+    parser.add_argument("--policies", default=",".join(POLICIES), help=f"some of {', '.join(RULES)}")
+    parser.add_argument("--dir", default="outputs/experiments-cpu", help="output folder; an earlier run there is moved aside")
+    parser.add_argument("--out", type=Path, help="the result file")
+    parser.add_argument("overrides", nargs="*", help="settings as `weft` takes them")
+    arguments = parser.parse_args(argv)
+    if unknown := [name for name in arguments.policies.split(",") if name not in RULES]:
+        parser.error(f"--policies: {unknown[0]!r} must be one of {', '.join(RULES)}")
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and write its result; 0 when every experiment finished within its bound."""
     import uvloop
@@ -278,17 +233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from weft.configs.expand import to_mapping
     from weft.pipeline.folder import hold, is_run, move_aside
 
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--smoke", action="store_true", help="fewer adapters and steps; the result goes to the output folder")
-    parser.add_argument("--forced", type=Path, help="two GPUs, and a random base of the Qwen3-4B shape in this folder")
-    parser.add_argument("--policies", default=",".join(POLICIES), help=f"some of {', '.join(RULES)}")
-    parser.add_argument("--dir", default="outputs/experiments-cpu", help="output folder; an earlier run there is moved aside")
-    parser.add_argument("--out", type=Path, help="the result file")
-    parser.add_argument("overrides", nargs="*", help="settings as `weft` takes them")
-    arguments = parser.parse_args(argv)
+    arguments = arguments_of(argv)
     names = arguments.policies.split(",")
-    if unknown := [name for name in names if name not in RULES]:
-        parser.error(f"--policies: {unknown[0]!r} must be one of {', '.join(RULES)}")
     given = list(arguments.overrides)
     if arguments.forced is not None:
         given = [*forced.overrides(Path(forced.base_folder(arguments.forced)), FORCED_ADAPTERS, *FORCED), *given]
@@ -298,28 +244,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         with hold(folder):  # not under one that runs
             move_aside(folder)
     facts = {"commit": commit(), "hardware": hardware(), "versions": versions(VERSIONS)}
-    began = time.monotonic()
+    began, on_gpus = time.monotonic(), arguments.forced is not None
+    out = arguments.out or (folder if arguments.smoke else RESULTS) / f"experiments-{place(config.cluster)}.json"
+
+    def write(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        result = {
+            "benchmark": "experiments",
+            "form": "smoke" if arguments.smoke else "full",
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": shlex.join(["python", "benchmarks/experiments.py", *(sys.argv[1:] if argv is None else argv)]),
+            **facts,
+            "settings": {"order": [adapter.name for adapter in config.adapters], **to_mapping(config)},
+            **compared(measured, config.adapters),
+            "ratios": ratios(measured) if set(POLICIES) <= set(measured) else {},
+            **({"not_written": NOT_WRITTEN} if on_gpus else {}),
+            "wall_seconds": time.monotonic() - began,
+        }
+        write_result(out, result)
+        return result
+
+    rows: dict[str, dict[str, Any]] = {}
+
+    def ended(policy: Policy) -> None:
+        if on_gpus and (row := row_of(policy, config)) is not None:
+            rows[policy.name] = row
+            write(rows)  # a machine's time may end before the last
+
     with hold(folder, make=True):
-        done = uvloop.run(run_on_cluster(config, names))
+        done = uvloop.run(run_on_cluster(config, names, not on_gpus, ended))
     check(done, config.adapters)
-    measured = {name: measure(policy) for name, policy in done.items()}
-    name = "experiments-cpu.json" if arguments.forced is None else "experiments-h200x2.json"
-    out = arguments.out or (folder if arguments.smoke else RESULTS) / name
-    command = shlex.join(["python", "benchmarks/experiments.py", *(sys.argv[1:] if argv is None else argv)])
-    result = {
-        "benchmark": "experiments",
-        "form": "smoke" if arguments.smoke else "full",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": command,
-        **facts,
-        "settings": {"order": [adapter.name for adapter in config.adapters], **to_mapping(config)},
-        "policies": measured,
-        "ratios": ratios(measured) if set(POLICIES) <= set(names) else {},
-        "versus": versus(measured),
-        "bound": bound_of(measured, config.adapters),
-        "wall_seconds": time.monotonic() - began,
-    }
-    write_result(out, result)
+    result = write({name: measure(policy) for name, policy in done.items()})
     write_pictures(folder, done, result, config)
     tell(result, out)
     return 0
@@ -338,22 +292,6 @@ def write_pictures(folder: Path, done: Mapping[str, Policy], result: Mapping[str
         write_report(folder / name, history, summary, to_mapping(config), title=f"experiments · {name}")
         if name == "together":
             write_summary(folder / "summary.json", {**summary, "policies": result["policies"], "ratios": result["ratios"]})
-
-
-def merged(pipelines: Sequence[PipelineStatistics]) -> PipelineStatistics:
-    """Pipelines that followed each other, as one."""
-    pools = {}
-    for name in ("samplers", "trainers"):
-        whole = share([(pipeline.time, getattr(pipeline, name)) for pipeline in pipelines])
-        busy = sum(getattr(pipeline, name).busy_seconds for pipeline in pipelines)
-        last = getattr(pipelines[-1], name)
-        pools[name] = dataclasses.replace(last, busy=whole["busy"], load=whole["load"], busy_seconds=busy)
-    return PipelineStatistics(
-        time=sum(pipeline.time for pipeline in pipelines),
-        adapters={name: adapter for pipeline in pipelines for name, adapter in pipeline.adapters.items()},
-        warnings=tuple(warning for pipeline in pipelines for warning in pipeline.warnings),
-        **pools,
-    )
 
 
 def tell(result: Mapping[str, Any], out: Path) -> None:

@@ -33,7 +33,7 @@ from weft.transport.messages import (
     TrainStep,
 )
 
-GAPS_FILE, NOTES_FILE, IDS_FILE = "gaps.npy", "{}.json", "ids.json"
+GAPS_FILE, NOTES_FILE, IDS_FILE = "gaps.npy", "notes.json", "ids.json"
 NUMBERED = re.compile(r"a-(\d+)")  # the adapters of param_sync.py
 THEIR_ID = 1_000_000  # of the adapter that vLLM loads itself: none of ours
 Notes = dict[str, dict[str, float]]  # by version's name: when each hop was passed
@@ -49,8 +49,8 @@ class _Noting:
     def note(self, ref: object, hop: str) -> None:
         self.notes.setdefault(str(ref), {})[hop] = time.monotonic()
 
-    def write(self, folder: str, name: str) -> Saved:
-        (Path(folder) / NOTES_FILE.format(name)).write_text(json.dumps(self.notes))
+    def write(self, folder: str) -> Saved:
+        (Path(folder) / NOTES_FILE).write_text(json.dumps(self.notes))
         self.notes = {}
         return Saved({})
 
@@ -75,7 +75,7 @@ class MeasuredTrainer(Trainer):
     async def handle(self, message: Any) -> Any:
         match message:
             case Save(ref, folder) if not ref.name:
-                return self._noting.write(folder, "trainer")
+                return self._noting.write(folder)
             case Load(ref, adapters) if not ref.name:
                 return await asyncio.get_running_loop().run_in_executor(self._state, self._hold_on_device, int(adapters))
             case Publish(ref):
@@ -130,7 +130,7 @@ class MeasuredParamSync(ParamSync):
     async def handle(self, message: Any) -> Any:
         match message:
             case Save(_, folder):
-                return self._noting.write(folder, "relay")
+                return self._noting.write(folder)
             case Distribute(handle):
                 self._noting.note(handle.ref, "asked")
                 done = await super().handle(message)
@@ -188,7 +188,7 @@ class MeasuredSampler(Sampler):
                 for key, times in (await self._engine.call("slab_statistics"))["times"].items():
                     if key in self._noting.notes:
                         self._noting.notes[key] |= dict(zip(("told", "came", "live"), times, strict=True))
-                return self._noting.write(folder, "sampler")
+                return self._noting.write(folder)
             case Load(_, folder):
                 from vllm.lora.request import LoRARequest
 

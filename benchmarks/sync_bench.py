@@ -77,14 +77,18 @@ class Bench:
 
     async def notes(self) -> tuple[np.ndarray, dict[str, dict[str, float]]]:
         """Gaps (when, seconds, adapter), and when each version passed each hop, since the last call."""
-        pools, message = self.running, Save(AdapterRef("", 0, 0), str(self.folder))
-        for member in (*pools.samplers._members, *pools.trainers._members, pools.sync._member):
-            await member.request(message)
+        pools, arrays = self.running, []
         hops, self.hops = self.hops, {}
-        for name in ("sampler", "trainer", "relay"):
-            for version, passed in json.loads((self.folder / NOTES_FILE.format(name)).read_text()).items():
-                hops.setdefault(version, {}).update(passed)
-        return np.load(self.folder / GAPS_FILE).reshape(-1, 3), hops
+        for number, member in enumerate((*pools.samplers._members, *pools.trainers._members, pools.sync._member)):
+            folder = self.folder / f"notes-{number}"
+            folder.mkdir(parents=True, exist_ok=True)
+            await member.request(Save(AdapterRef("", 0, 0), str(folder)))
+            if (gaps := folder / GAPS_FILE).exists():
+                arrays.append(np.load(gaps).reshape(-1, 3))
+            for version, passed in json.loads((folder / NOTES_FILE).read_text()).items():
+                there = hops.setdefault(version, {})
+                there |= {hop: max(time, there.get(hop, time)) for hop, time in passed.items()}  # the last sampler counts
+        return np.concatenate(arrays), hops
 
 
 def batch_of(ref: AdapterRef) -> TrainBatch:

@@ -119,6 +119,19 @@ async def saved(pool: TrainerPool, folder: Path) -> torch.Tensor:
     return torch.stack([tensors[name] for name in ("master", "exp_avg", "exp_avg_sq")])
 
 
+def test_an_adapter_is_shared_where_fewer_are_expected_than_there_are_trainers(trainer_base: Path, tmp_path: Path) -> None:
+    async def law() -> None:
+        async with trainers(trainer_base, tmp_path, 2, 8) as (pool, _):
+            for expected, homes in ((None, 1), (1, 2), (2, 1)):
+                if expected is not None:
+                    pool.expect(expected)
+                await pool.add(config(), 0)
+                assert len(pool.home("a")) == homes
+                await pool.drop("a")
+
+    asyncio.run(law())
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_an_adapter_on_two_trainers_is_the_same_adapter_on_one(
     trainer_base: Path, tmp_path: Path, batch: MakeBatch, loss: str

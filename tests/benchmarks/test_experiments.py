@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import importlib
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -74,7 +76,7 @@ def test_experiment_times_are_of_the_ends_since_the_policy_began(benchmark):
 
 
 def test_busy_shares_weigh_each_pipeline_by_its_time(benchmark):
-    shares = benchmark.share([(10.0, pool(10.0, load=1.0)), (30.0, pool(0.0, load=0.0))])
+    shares = importlib.import_module("policy_numbers").share([(10.0, pool(10.0, load=1.0)), (30.0, pool(0.0, load=0.0))])
     assert shares == {"busy": 0.25, "load": 0.25, "capacity": 8}
 
 
@@ -119,6 +121,71 @@ def test_no_policy_is_sooner_than_the_bound_of_its_pools(benchmark, simulation, 
     assert benchmark.bound_of({"staleness-0": measured["staleness-0"]}, adapters) == {}
 
 
+def test_a_bound_by_the_trainer_grows_with_the_trainers(benchmark):
+    def measured(rollout: float, trainers: int) -> dict:
+        parts = {"rollout": {"median": rollout}, "sync": {"median": 0.0}}
+        shares = {"trainers": {"capacity": trainers}}
+        return {"step_parts": parts, "pools": shares, "train_seconds_a_step": 0.5, "steps": 8, "final_experiment_time": 8.0}
+
+    for trainers, bound in ((1, 2.0), (2, 4.0)):
+        names = ("serial-on-policy", "lock-step", "staleness-0")
+        policies = {name: measured(1.0 if name.startswith("serial") else 1.1, trainers) for name in names}
+        found = benchmark.bound_of(policies, range_of(8))["steps_per_second"]
+        assert found["staleness-0"]["bound"] == pytest.approx(bound)
+        assert found["staleness-0"]["share"] == pytest.approx(1 / bound)
+        assert found["serial-on-policy"]["bound"] == pytest.approx(1 / (1.0 + 0.5 / trainers)), "its steps may be shared"
+
+
+def range_of(number: int) -> list[SimpleNamespace]:
+    return [SimpleNamespace(max_staleness=0)] * number
+
+
+def test_serial_experiments_have_all_trainers_to_themselves_and_warm_up_so(benchmark, simulation, tmp_path):
+    expected = list[int]()
+
+    class TwoTrainers(simulation.SimulatedTrainers):
+        capacity = 2
+
+        def expect(self, adapters: int) -> None:
+            expected.append(adapters)
+
+    async def run() -> object:
+        world = simulation.World(random.Random(0), capacity=64, train_seconds=1.0, spread=False)
+        samplers, trainers = simulation.SimulatedSamplers(world), TwoTrainers(world)
+        pools = Pools(samplers, trainers, simulation.SimulatedSync(world, samplers, trainers))
+        return await benchmark.run_both(config, pools, clock=asyncio.get_running_loop().time)
+
+    adapters = tuple(simulation.adapter_config(f"a.{i}", num_steps=2, batch_size=8, group_size=4) for i in range(3))
+    config = Config(RunConfig(dir=str(tmp_path)), ModelConfig(), ClusterConfig(), adapters)
+    simulation.run_virtual(run)
+    assert expected == [3, 1, 1, 1, 1, 3], "all, then one, to warm up; serial; together"
+
+
+def test_a_row_is_written_as_its_policy_ends_unless_it_has_not_finished(result, benchmark, simulation, tmp_path):
+    policies, measured = result
+    adapters = tuple(simulation.adapter_config(f"a.{i}") for i in range(4))
+    config = Config(RunConfig(dir=str(tmp_path)), ModelConfig(), ClusterConfig(), adapters)
+    assert benchmark.row_of(policies["together"], config) == measured["together"]
+    assert json.loads((tmp_path / "together.trace.json").read_text()), "a trace of its middle"
+    late = dataclasses.replace(config, adapters=(*adapters, simulation.adapter_config("a.late")))
+    assert benchmark.row_of(policies["serial"], late) is None
+    assert not (tmp_path / "serial.trace.json").exists()
+
+
+def test_a_result_is_named_by_the_gpus_that_its_cluster_takes(benchmark, monkeypatch):
+    record = importlib.import_module("record")
+    monkeypatch.setattr(record, "_gpus", lambda: ["NVIDIA H200, 143771 MiB, 4 MiB"] * 4)
+    for settings, name in (
+        ({}, "cpu"),
+        ({"gpus_per_sampler": 1.0, "gpus_per_trainer": 1.0}, "h200x2"),
+        ({"samplers": 2, "trainers": 2, "gpus_per_sampler": 1.0, "gpus_per_trainer": 1.0}, "h200x4"),
+        ({"gpus_per_sampler": 0.5, "gpus_per_trainer": 0.5}, "h200x1"),
+    ):
+        assert record.place(ClusterConfig(**settings)) == name
+    monkeypatch.setattr(record, "_gpus", lambda: ["NVIDIA H100 80GB HBM3, 81559 MiB, 0 MiB"])
+    assert record.place(ClusterConfig(gpus_per_sampler=0.5, gpus_per_trainer=0.5)) == "h100x1"
+
+
 def test_serial_experiments_never_overlap_and_joint_ones_do(result):
     policies, measured = result
     serial = list(measured["serial"]["ends"].items())
@@ -156,9 +223,10 @@ def test_an_experiment_that_did_not_finish_is_no_number(result, benchmark, simul
 
 
 def test_a_spread_is_median_and_outer_deciles(benchmark):
-    assert benchmark.spread(list(range(101))) == {"median": 50, "p10": 10.0, "p90": 90.0, "count": 101}
-    assert benchmark.spread([3.0]) == {"median": 3.0, "p10": 3.0, "p90": 3.0, "count": 1}
-    assert benchmark.spread([])["count"] == 0
+    spread = importlib.import_module("record").spread
+    assert spread(list(range(101))) == {"median": 50, "p10": 10.0, "p90": 90.0, "count": 101}
+    assert spread([3.0]) == {"median": 3.0, "p10": 3.0, "p90": 3.0, "count": 1}
+    assert spread([])["count"] == 0
 
 
 def test_a_result_without_its_hardware_is_refused(benchmark, tmp_path):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from weft.configs.schema import AdapterConfig
@@ -86,6 +88,33 @@ def bench_that_refuses(sync_bench, version: int):
 
     config = SimpleNamespace(adapters=[AdapterConfig(name="a-0"), AdapterConfig(name="a-1")])
     return Bench(config, Pools(), Path(), {"a-0": 0, "a-1": 0})
+
+
+def test_a_version_is_live_when_the_last_sampler_has_it(sync_bench, tmp_path):
+    class Noted:
+        """A process with these notes."""
+
+        def __init__(self, notes, gaps=None):
+            self.notes, self.gaps = notes, gaps
+
+        async def request(self, message):
+            (Path(message.folder) / sync_bench.NOTES_FILE).write_text(json.dumps(self.notes))
+            if self.gaps is not None:
+                np.save(Path(message.folder) / sync_bench.GAPS_FILE, np.array(self.gaps))
+
+    first = Noted({"a/0/1": {"heard": 3.0, "live": 4.0}}, [[1.0, 0.1, 0]])
+    second = Noted({"a/0/1": {"heard": 2.0, "live": 6.0}}, [])
+    trainers = [Noted({"a/0/1": {"optimized": 1.0}}), Noted({"b/0/1": {"optimized": 1.5}})]
+    pools = SimpleNamespace(
+        samplers=SimpleNamespace(_members=[first, second]),
+        trainers=SimpleNamespace(_members=trainers),
+        sync=SimpleNamespace(_member=Noted({"a/0/1": {"asked": 1.2}})),
+    )
+    bench = sync_bench.Bench(None, pools, tmp_path, {}, hops={"a/0/1": {"published": 7.0}})
+    gaps, hops = asyncio.run(bench.notes())
+    assert gaps.tolist() == [[1.0, 0.1, 0]]
+    assert hops["a/0/1"] == {"optimized": 1.0, "asked": 1.2, "heard": 3.0, "live": 6.0, "published": 7.0}
+    assert hops["b/0/1"] == {"optimized": 1.5}
 
 
 def test_a_version_that_is_refused_is_published_once_more_and_then_the_drift_ends(sync_bench):

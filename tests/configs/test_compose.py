@@ -72,7 +72,7 @@ def test_a_sweep_is_a_list() -> None:
     [
         (["model=tyny"], "model=tyny: there is no such choice; did you mean 'tiny'? (there are: local, tiny"),
         (["modle=tiny"], "modle: unknown setting; did you mean 'model'?"),
-        (["cluster=none"], "cluster=none: there is no such choice (there are: h200x1, h200x2, h200x8, laptop"),
+        (["cluster=none"], "cluster=none: there is no such choice (there are: h200x1, h200x2, h200x4, h200x8, laptop"),
         (["model=local"], "model.path is not set: it has no default"),
         (["hydra.run.dir=x"], "hydra: unknown setting"),
         (["template.lora.rank"], "'template.lora.rank': must be group=choice or setting=value"),

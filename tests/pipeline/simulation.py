@@ -341,6 +341,9 @@ class SimulatedTrainers:
     def capacity(self) -> int:
         return 1
 
+    def expect(self, adapters: int) -> None:
+        assert adapters > 0
+
     def home(self, name: str) -> tuple[int]:
         return (self.held[name][0],)
 
