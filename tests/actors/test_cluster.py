@@ -114,7 +114,7 @@ async def shows_metrics(cluster: Cluster) -> None:
     wanted = {"reward_mean": 0.5, "tokens_trained_total": 200.0, "time_step_count": 2.0}
     shown: dict[str, float] = {}
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             while shown != wanted:  # Ray reports what it has every few seconds
                 text = await asyncio.to_thread(lambda: urllib.request.urlopen(address).read().decode())
                 lines = [line.removeprefix("ray_weft_") for line in text.splitlines() if 'adapter="calc"' in line]
@@ -131,8 +131,8 @@ def test_a_killed_actor_is_replaced_a_refusing_one_says_why_and_nothing_is_left_
     before = set(psutil.Process().children(recursive=True))
 
     async def law() -> Cluster:
-        whole = Cluster(ClusterConfig(dashboard_port=0), str(tmp_path / "out"), dashboard=False)
-        async with asyncio.timeout(150), whole as cluster:
+        whole = Cluster(ClusterConfig(dashboard_port=0, start_deadline_s=500), str(tmp_path / "out"), dashboard=False)
+        async with asyncio.timeout(600), whole as cluster:
             assert cluster.shared_folder.is_dir()
             await restarts_after_kill(cluster)
             await says_why_it_did_not_start(cluster)
@@ -164,8 +164,8 @@ def test_rays_own_death_ends_the_run_at_once_and_leaves_no_process(tmp_path: Pat
 
     async def law() -> None:
         nonlocal killed
-        whole = Cluster(ClusterConfig(dashboard_port=0), str(tmp_path / "out"), dashboard=False)
-        async with asyncio.timeout(100), whole as cluster, asyncio.TaskGroup() as tasks:
+        whole = Cluster(ClusterConfig(dashboard_port=0, start_deadline_s=500), str(tmp_path / "out"), dashboard=False)
+        async with asyncio.timeout(600), whole as cluster, asyncio.TaskGroup() as tasks:
             member = Member("trivial", lambda: cluster.start("trivial", "trivial_actor.Trivial", {}), Client)
             tasks.create_task(member.keep(nothing, nothing))
             await member.wait_ready()

@@ -7,7 +7,7 @@ from typing import Any
 
 STEPS = 12
 SHORT = ("adapters=three", f"every.num_steps={STEPS}", "every.batch_size=32", "every.eval_prompts=8", "run.checkpoint_every=2")
-SEVERAL = ("cluster.samplers=2", "cluster.trainers=2", "cluster.sampler.kv_cache_gib=0.5", "cluster.start_deadline_s=400")
+SEVERAL = ("cluster.samplers=2", "cluster.trainers=2", "cluster.sampler.kv_cache_gib=0.5")
 
 
 def test_with_two_samplers_and_two_trainers_a_death_of_each_moves_or_rolls_back_its_own_adapters_alone(
