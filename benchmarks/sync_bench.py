@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -55,10 +57,12 @@ class Bench:
 
     async def step(self, adapters: Sequence[AdapterConfig]) -> float:
         """One small optimizer step of each; returns when it had ended."""
-        batches = [batch_of(self.ref(adapter)) for adapter in adapters]
-        results = await self.running.trainers.step(batches)
+        trainers, batches = self.running.trainers, defaultdict[Any, list[TrainBatch]](list)
+        for adapter in adapters:
+            batches[trainers.home(adapter.name)].append(batch_of(self.ref(adapter)))
+        launches = await asyncio.gather(*map(trainers.step, batches.values()))
         ended = time.monotonic()
-        faults = [result.fault for result in results.results if result.fault]
+        faults = [result.fault for launch in launches for result in launch.results if result.fault]
         assert not faults, faults
         for adapter in adapters:
             self.versions[adapter.name] += 1
