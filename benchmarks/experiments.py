@@ -297,9 +297,10 @@ def write_pictures(folder: Path, done: Mapping[str, Policy], result: Mapping[str
 def tell(result: Mapping[str, Any], out: Path) -> None:
     """The result as a short table."""
     policies = result["policies"]
+    width = max(14, *(len(policy) + 2 for policy in policies))
 
     def row(title: str, cells: Sequence[str]) -> None:
-        print(f"{title:26}{''.join(f'{cell:>14}' for cell in cells)}")
+        print(f"{title:26}{''.join(f'{cell:>{width}}' for cell in cells)}")
 
     print()
     row("", list(policies))
