@@ -193,8 +193,8 @@ class Trainer:
             return messages.AdapterAdded()
         with blamed_on(config.name, "making its weights"):
             layout, master = self._first_weights(config)
-        self._drop(messages.DropAdapter(config.name))
-        self._store.add(config.name, master)
+            self._drop(messages.DropAdapter(config.name))
+            self._store.add(config.name, master)  # where there is no room for it, it alone is refused
         with self._registering:
             if not making.dropped:
                 self._adapters[config.name] = Adapter(config, AdapterRef(config.name, message.lineage, 0), layout)

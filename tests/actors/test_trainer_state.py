@@ -53,6 +53,23 @@ def test_the_first_weights_are_pefts_and_the_same_in_every_run(make: Make) -> No
     assert not torch.equal(first.state("one")[0][:8], first.state("two")[0][:8])
 
 
+def test_an_adapter_for_whose_weights_there_is_no_room_is_refused_alone(make: Make, batch: MakeBatch) -> None:
+    bench = make(ONE, TWO, device_adapters=1, host_adapters=1)
+    bench.step(batch("one"))  # on the device; the other is on the host
+    three = messages.AddAdapter(to_mapping(replace(TWO, name="three")))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # no file takes a byte more
+    try:
+        for _ in range(2):
+            with pytest.raises(AdapterFault, match="three: making its weights raised .*File too large"):
+                bench.ask(three)
+        assert not bench.step(batch("one", 1))["one"].fault
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    bench.ask(three)
+    assert not bench.step(batch("three"))["three"].fault
+
+
 def test_adding_again_changes_nothing_and_a_new_lineage_starts_over(make: Make, batch: MakeBatch) -> None:
     bench = make(ONE)
     fresh = bench.state("one")
