@@ -95,7 +95,7 @@ def to_svg(figure: Figure) -> str:
 
 def draw_rewards(history: History) -> Figure | None:
     """Reward of each step (thin), its running mean (bold), held-out before (ring) and after (disc); the others in grey."""
-    shown = [adapter for adapter in history.adapters.values() if adapter.steps][:MAX_SHOWN]
+    shown = [adapter for adapter in history.adapters.values() if adapter.series("reward/mean")[0]][:MAX_SHOWN]
     if not shown:
         return None
     figure, panels = _panels(len(shown), height=1.75)

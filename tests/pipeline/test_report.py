@@ -183,6 +183,15 @@ def test_the_trainers_share_of_the_time_is_at_most_all_of_it_however_many_they_a
     assert 0.5 < max(tops) <= 1.0 + 1e-9
 
 
+def test_an_adapter_whose_rewards_are_no_numbers_has_no_curve_and_spoils_no_other(tmp_path, synthetic_run):
+    history = record(tmp_path, synthetic_run(num_steps=4))
+    first, *others = history.adapters.values()
+    for line in first.steps:
+        line["reward/mean"] = None
+    titles = [axes.get_title(loc="left") for axes in draw_rewards(history).axes]
+    assert [title for title in titles if title] == [adapter.name for adapter in others]
+
+
 def test_undone_steps_are_drawn_apart_from_the_curve(tmp_path, synthetic_run):
     run = synthetic_run(names=("a",), num_steps=6)
     steps = [event for event in run.events() if isinstance(event, StepTaken)]
