@@ -3,7 +3,8 @@
 A step of one adapter is rolled out, trained and synced. With n adapters in rollout on one sampler their rollouts take
 R(n) = a + b n seconds: a is what each waits for its tokens one after the other, b what its tokens cost beside the others'. A
 sampler has places for `room` steps at once, so its work for one is W_s = R(room) / room = b + a / room when it is full. A
-trainer's is W_t = D, and a sync takes Y, in which neither works.
+trainer's is W_t, and a sync takes Y, in which neither works. Its training takes D = W_t / max(floor(M / N), 1) seconds on M
+trainers: where adapters are fewer, a step is shared by several (actors/trainer_pool.py).
 
 Bound. N adapters have I = sum of (max_staleness + 1) steps under way at most: n of them in rollout on K samplers, X (D + Y)
 being trained and synced, where X = n / R(n / K) by Little's law. So X is at most where n + X (D + Y) = I, or n = K room if that
@@ -36,7 +37,7 @@ class Work:
     latency: float  # a
     marginal: float  # b
     room: float  # steps that have places on one sampler at once
-    training: float  # D, its part of the launches that it shared
+    training: float  # W_t: its part of the launches that it shared, all of these on all of its trainers
     sync: float  # Y
 
     @property
@@ -46,7 +47,7 @@ class Work:
 
     @property
     def trainer_seconds(self) -> float:
-        """W_t = D."""
+        """W_t."""
         return self.training
 
 
@@ -69,7 +70,8 @@ class Split:
 
 def bound(work: Work, wanted: Wanted, samplers: int, trainers: int) -> float:
     """The most adapter-steps a second (X of the module's text)."""
-    elsewhere = work.training + work.sync
+    launch = work.training / max(trainers // wanted.adapters, 1)
+    elsewhere = launch + work.sync
     shared = work.marginal / samplers
     # n of n + (D + Y) n / (a + b n / K) = I: the positive root
     half = (work.latency + elsewhere - wanted.under_way * shared) / 2
@@ -82,7 +84,7 @@ def bound(work: Work, wanted: Wanted, samplers: int, trainers: int) -> float:
     full = in_rollout >= samplers * work.room
     sampling = samplers / work.sampler_seconds if full else (wanted.under_way - in_rollout) / elsewhere
     home = math.ceil(wanted.adapters / trainers)
-    return min(sampling, wanted.adapters / (home * work.training), wanted.adapters / elsewhere)
+    return min(sampling, wanted.adapters / (home * launch), wanted.adapters / elsewhere)
 
 
 def splits(work: Work, wanted: Wanted, cards: int, of_each: tuple[int, int] = (1, 1)) -> list[Split]:
@@ -177,16 +179,16 @@ def measure(history: History, places: float) -> Work | None:
     groups = _newest(history)
     training = [group for group in groups if not group.held_out]
     launches = _newest_launches(history)
-    steps = sum(len(launch.tokens) for launch in launches)
     syncs = [line["time/sync"] for line in _newest_lines(history)]
-    if not (steps and training and syncs):
+    steps = len(syncs)  # not those of the launches: a step that several trainers share is in one of each
+    if not (launches and training and steps):
         return None
     first, more = fit(groups)
     rollouts = sum(group.rollouts for group in training) / steps
     tokens = sum(group.tokens for group in training) / steps
     trained = sum(launch.end - launch.start for launch in launches) / steps
     latency = first * tokens / rollouts
-    return Work(latency, more * tokens, places / rollouts, trained, sum(syncs) / len(syncs))
+    return Work(latency, more * tokens, places / rollouts, trained, sum(syncs) / steps)
 
 
 def fit(groups: Sequence[GroupSpan]) -> tuple[float, float]:

@@ -59,6 +59,8 @@ CASES = {
     "latency is": Case(8.0, 0.01, 0.5, 2.0, adapters=6),
     "five adapters at home": Case(0.05, 0.033, 3.0, 0.1, adapters=5, staleness=2, steps=20),
     "eight processes": Case(0.3, 0.08, 1.5, 0.1, adapters=16, members=8),
+    "one adapter, on all trainers": Case(0.3, 0.02, 4.0, 0.1, adapters=1, staleness=3, steps=24),
+    "two adapters, on two trainers each": Case(0.3, 0.02, 4.0, 0.1, adapters=2, staleness=3, steps=24),
 }
 
 
@@ -127,13 +129,16 @@ def pools(simulation, case, num_samplers, num_trainers):
             return num_trainers
 
         def home(self, name):
-            return (self.homes.setdefault(name, len(self.homes) % num_trainers),)
+            first = self.homes.setdefault(name, len(self.homes))
+            return tuple(range(num_trainers))[first % num_trainers :: case.adapters]
 
         async def step(self, batches):
-            ((home,),) = {self.home(batch.ref.name) for batch in batches}
-            seconds = case.launch + case.training * len(batches)
+            (home,) = {self.home(batch.ref.name) for batch in batches}
+            seconds = (case.launch + case.training * len(batches)) / len(home)
             await asyncio.sleep(seconds)
-            return StepResults(tuple(self._train(batch) for batch in batches), seconds, home)
+            own = {batch.ref.name: len(batch.tokens) // len(home) for batch in batches}
+            shares = tuple((trainer, own) for trainer in home) if len(home) > 1 else ()
+            return StepResults(tuple(self._train(batch) for batch in batches), seconds, home[0], shares)
 
     samplers, trainers = Samplers(), Trainers()
     return Pools(samplers, trainers, simulation.SimulatedSync(world, samplers, trainers))
@@ -219,15 +224,16 @@ def test_the_bound_keeps_each_of_its_limits_and_more_of_anything_never_lowers_it
     work, wanted = random_work(chance)
     samplers, trainers = chance.randint(1, 9), chance.randint(1, 9)
     most = bound(work, wanted, samplers, trainers)
+    launch = work.training / max(trainers // wanted.adapters, 1)
     assert (
         0
         < most
         <= 1.000001
         * min(
-            wanted.under_way / (work.latency + work.training + work.sync),
+            wanted.under_way / (work.latency + launch + work.sync),
             samplers / work.sampler_seconds,
             trainers / work.trainer_seconds,
-            wanted.adapters / (work.training + work.sync),
+            wanted.adapters / (launch + work.sync),
         )
     )
     assert bound(work, wanted, samplers + 1, trainers) >= 0.999999 * most
@@ -275,7 +281,7 @@ def test_no_split_takes_more_cards_than_there_are_or_leaves_a_process_that_they_
 def test_of_splits_that_can_do_the_same_the_one_with_most_to_spare_is_recommended():
     work, wanted = Work(latency=100.0, marginal=0.1, room=100.0, training=0.1, sync=0.1), Wanted(4, 4)
     assert recommend(work, wanted, 9) == Split(8, 1, pytest.approx(4 / 100, rel=0.01))
-    assert recommend(Work(1.0, 1e-6, 1.0, 1.0, 0.0), Wanted(1, 1), 4).samplers == 2
+    assert recommend(Work(1.0, 1e-6, 1.0, 1.0, 0.0), Wanted(2, 2), 4).samplers == 2
 
 
 def span(start: float, end: float, rollouts: int = 4, tokens: int = 40, sampler: int = 0) -> GroupSpan:
