@@ -104,6 +104,7 @@ class Engine:
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,
             detokenize=bool(stops),
+            skip_special_tokens=False,  # a stop string may be one, and the environment reads them in any other turn
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,  # vLLM's deep copy of what nobody shares is a tenth of this process's time
         )
