@@ -180,9 +180,10 @@ class AdapterConfig:
         _check(self.max_staleness >= 0, "max_staleness", self.max_staleness, "at least 0")
         _one_of("rollout_version", self.rollout_version, ROLLOUT_VERSIONS)
         _check(self.eval_prompts >= 0, "eval_prompts", self.eval_prompts, "at least 0")
-        compares = self.loss.estimator != "reinforce" and self.loss.name != "cross_entropy"
-        rule = f"at least 2 with loss.advantage={self.loss.advantage}"
-        _check(self.group_size > 1 or not compares, "group_size", self.group_size, rule)
+        if self.loss.name != "cross_entropy":  # one reward alone is its own mean
+            compared = "batch_size" if self.loss.estimator == "reinforce" else "group_size"
+            number = getattr(self, compared)
+            _check(number > 1, compared, number, f"at least 2 with loss.advantage={self.loss.advantage}")
 
     @property
     def groups_per_step(self) -> int:

@@ -69,6 +69,11 @@ def test_every_setting_but_an_adapters_name_has_a_default() -> None:
         (AdapterConfig, {"max_staleness": -1}, "a.max_staleness=-1: must be at least 0"),
         (AdapterConfig, {"batch_size": 65}, "a.batch_size=65: must be a multiple of group_size=8"),
         (AdapterConfig, {"batch_size": 8, "group_size": 1}, "a.group_size=1: must be at least 2 with loss.advantage=auto"),
+        (
+            AdapterConfig,
+            {"batch_size": 1, "group_size": 1, "loss": {"advantage": "reinforce"}},
+            "a.batch_size=1: must be at least 2 with loss.advantage=reinforce",
+        ),
         (AdapterConfig, {"name": "a/b"}, "a.name='a/b': must be letters a to z, digits"),
         (AdapterConfig, {"name": "žluť"}, "a.name='žluť': must be letters a to z, digits"),
         (AdapterConfig, {"name": "a" * 129}, "at most 128 in all"),
