@@ -38,7 +38,15 @@ PLAIN: dict[str, Any] = {
     "layer_replication": [],
     "trainable_token_indices": [],
     "target_parameters": [],
+    "alora_invocation_tokens": [],
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
 }
+# what init_lora_weights may be: under the others (pissa, olora, corda, loftq, lora_ga) PEFT takes the first weights out of the
+# base's own, and the adapter is one of the base that is left, until it has been converted when it was saved
+OWN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 
 
 def write_peft_folder(folder: Path, layout: SlabLayout, flat: Tensor, alpha: float, base_model: str) -> None:
@@ -78,6 +86,9 @@ def check_peft_folder(folder: Path, layout: SlabLayout, alpha: float) -> None:
     for key, plain in PLAIN.items():
         if config.get(key, plain) not in (plain, None):
             raise ValueError(f"PEFT folder {folder}: {key}={config[key]!r}: must be absent or {plain!r}")
+    if (init := config.get("init_lora_weights", True)) not in (*OWN_INITS, None):
+        rule = "must leave the base as it is: save it with path_initial_model_for_weight_conversion"
+        raise ValueError(f"PEFT folder {folder}: init_lora_weights={init!r}: {rule}")
     for key, setting, expected in (("r", "rank", layout.rank), ("lora_alpha", "alpha", alpha)):
         found = config.get(key)
         if found != expected:

@@ -120,7 +120,13 @@ def test_a_folder_that_is_no_plain_lora_is_refused(tmp_path: Path) -> None:
     write_peft_folder(tmp_path, layout, flat, 6.0, "base")
     path = tmp_path / "adapter_config.json"
     config = json.loads(path.read_text())
-    for key, value in (("use_rslora", True), ("use_dora", True), ("rank_pattern", {"q_proj": 8}), ("bias", "all")):
+    for key, value in (
+        ("use_rslora", True),
+        ("use_dora", True),
+        ("rank_pattern", {"q_proj": 8}),
+        ("bias", "all"),
+        ("alora_invocation_tokens", [5]),
+    ):
         path.write_text(json.dumps(config | {key: value}))
         with pytest.raises(ValueError, match=f"{key}=.*must be absent or"):
             check_peft_folder(tmp_path, layout, 6.0)
@@ -161,3 +167,33 @@ def test_a_folder_that_peft_itself_saved_is_a_warm_start(tmp_path: Path, base: P
     for name, (a, b) in layout.views(flat).items():
         assert torch.equal(a, state[f"base_model.model.{name}.lora_A.default.weight"])
         assert torch.equal(b, state[f"base_model.model.{name}.lora_B.default.weight"])
+
+
+def test_an_adapter_of_a_base_that_peft_has_changed_is_refused_until_it_is_converted(tmp_path: Path, base: Path) -> None:
+    """PiSSA begins with the largest directions of the base's own weights, and takes them out of the base."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    targets = ("q_proj", "v_proj")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(r=3, lora_alpha=6, target_modules=list(targets), init_lora_weights="pissa"))
+    settings = model.peft_config["default"]
+    settings.init_lora_weights = True
+    model.save_pretrained(tmp_path / "first")  # as PEFT's documentation has it
+    settings.init_lora_weights = "pissa"
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight += 0.05 * torch.randn(weight.shape) * ("lora" in name)
+    model.save_pretrained(tmp_path / "peft")
+    with pytest.raises(ValueError, match="init_lora_weights='pissa': must leave the base as it is"):
+        check_peft_folder(tmp_path / "peft", _adapter(targets)[0], 6.0)
+
+    tokens = torch.randint(0, 97, (11,), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        theirs = model.eval()(input_ids=tokens[None]).logits[0]
+    model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "first"))
+    layout, _ = _adapter(targets, rank=6)  # what was trained, less what was there at first
+    flat, decoder = read_peft_folder(tmp_path / "converted", layout, 12.0), load_model(base, torch.float32)
+    ours = decoder(tokens, [0, 11], LoraBatch.build([0, 11], [2.0], [layout.views(flat)])) @ decoder.head.T
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
