@@ -5,8 +5,9 @@
              group.broadcast(slab)                                             .broadcast(buffer)
 
 Calls block, so callers use a side thread. Neither a peer's death nor NCCL, which knows no timeout, can make them hang: the
-work is done on a thread of the group's own, which is left behind when the deadline passes. Groups are stateless: they are
-no default process group, and leave the one that vLLM has in the same process alone.
+work is done on a thread of the group's own, which is left behind when the deadline passes; and before it, when the store says
+that the group is dissolved, or is gone itself, for NCCL tells the survivors of a death nothing, and its kernel would keep their
+cards busy. Groups are stateless: they are no default process group, and leave the one that vLLM has in the same process alone.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ _Job = tuple[torch.Tensor, _Work, float, "queue.SimpleQueue[BaseException | None
 dist: Any = torch.distributed  # its type hints leave out half of what is used here
 BACKENDS = ("gloo", "nccl")
 _GRACE_S = 0.5  # gloo's own timeout comes first and says more
+_LOOK_S = 0.5  # after which it is looked whether the group is still there, and so often from then on
 _NEVER = timedelta(days=365)
 # A watchdog of torch's ends the whole process when a peer dies. Here it is a vLLM worker with requests of all adapters.
 _NCCL_ENVIRONMENT = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
@@ -71,7 +73,7 @@ class RendezvousStore:
         self.address = f"{host}:{chosen}"
 
     def dissolve(self, epoch: str) -> None:
-        """Whoever waits for the group of `epoch`, or comes later, gets RendezvousError."""
+        """Whoever waits for the group of `epoch`, or comes later, gets RendezvousError; who waits in it, PeerDiedError soon."""
         rendezvous.dissolve(self._store, epoch)
 
 
@@ -101,8 +103,8 @@ class BroadcastGroup:
         """Rank 0's bytes into every other rank's tensor: contiguous, any dtype, as many bytes at each end. Blocking. On a GPU
         it begins when the caller's stream has done what it was given, and what came is there for every stream.
 
-        Raises RendezvousError (the group did not form), PeerDiedError (a member went), DeadlineError. After any of them
-        the group is of no more use: close it and form another under a new epoch.
+        Raises RendezvousError (the group did not form), PeerDiedError (a member went, the group was dissolved, or its store is
+        gone), DeadlineError. After any of them the group is of no more use: close it and form another under a new epoch.
         """
         self._do(tensor, self._begin_broadcast)
 
@@ -129,9 +131,7 @@ class BroadcastGroup:
         if self._left.is_set():  # and `close` may not have seen the thread
             self._jobs.put(None)
         try:
-            error = outcome.get(timeout=self._deadline_s + _GRACE_S)
-        except queue.Empty:
-            error = DeadlineError(f"group {self._epoch}: no broadcast within {self._deadline_s:g} s")
+            error = self._wait(outcome)
         finally:
             self._outcome = None
         self._seconds += time.monotonic() - start
@@ -140,6 +140,29 @@ class BroadcastGroup:
             raise error
         self._broadcasts += 1
         self._nbytes += tensor.nbytes
+
+    def _wait(self, outcome: queue.SimpleQueue[BaseException | None]) -> BaseException | None:
+        """How it went, or why it is not waited for any longer."""
+        at_once = min(_LOOK_S, self._deadline_s)
+        with contextlib.suppress(queue.Empty):
+            return outcome.get(timeout=at_once)
+        threading.Thread(target=self._look, args=(outcome,), name=f"look-{self._epoch}", daemon=True).start()
+        with contextlib.suppress(queue.Empty):
+            return outcome.get(timeout=self._deadline_s + _GRACE_S - at_once)
+        return DeadlineError(f"group {self._epoch}: no broadcast within {self._deadline_s:g} s")
+
+    def _look(self, outcome: queue.SimpleQueue[BaseException | None]) -> None:
+        """Tell whoever waits for `outcome` when the group is no more. On a thread of its own while that lasts, and on a
+        connection of its own: on the group's, torch may be waiting for what the dead would have said."""
+        why = "it was dissolved"
+        try:
+            store = self._connect(self._deadline_s)
+            while self._outcome is outcome and not rendezvous.is_dissolved(store, self._epoch):
+                self._left.wait(_LOOK_S)
+        except RendezvousError as error:
+            why = str(error)
+        if self._outcome is outcome:
+            outcome.put(PeerDiedError(f"group {self._epoch}: {why}"))
 
     def close(self) -> None:
         """Leave the group. From another thread: ends the broadcast that is under way there with PeerDiedError."""
@@ -200,13 +223,7 @@ class BroadcastGroup:
 
     def _form(self, end: float) -> Any:
         """Meet the others, then open the process group."""
-        left = end - time.monotonic()
-        try:
-            socket.create_connection((self._host, self._port), timeout=left).close()  # torch would try for long, and loudly
-            store = dist.TCPStore(self._host, self._port, is_master=False, timeout=timedelta(seconds=self._deadline_s))
-        except (OSError, RuntimeError) as error:
-            raise RendezvousError(f"no rendezvous store at {self._host}:{self._port}: {error}") from error
-        self._store = store  # the group's threads use it until they end
+        store = self._store = self._connect(end - time.monotonic())  # the group's threads use it until they end
         rendezvous.answer(store, self._epoch, self._rank, self._world_size, end - time.monotonic(), self._left)
         prefix = dist.PrefixStore(f"{self._epoch}/group", store)
         if self._backend == "nccl":
@@ -218,6 +235,14 @@ class BroadcastGroup:
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=_route(self._host, self._port))]
         options._timeout = timedelta(seconds=max(end - time.monotonic(), 0.001))
         return dist.ProcessGroupGloo(prefix, self._rank, self._world_size, options)
+
+    def _connect(self, limit_s: float) -> Any:
+        """A connection to the store."""
+        try:
+            socket.create_connection((self._host, self._port), timeout=limit_s).close()  # torch would try for long, and loudly
+            return dist.TCPStore(self._host, self._port, is_master=False, timeout=timedelta(seconds=self._deadline_s))
+        except (OSError, RuntimeError) as error:
+            raise RendezvousError(f"no rendezvous store at {self._host}:{self._port}: {error}") from error
 
     def _begin_broadcast(self, flat: torch.Tensor) -> Any:
         options = dist.BroadcastOptions()

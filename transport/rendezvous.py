@@ -53,7 +53,15 @@ def answer(
         if store.check([_dissolved(epoch)]):
             raise RendezvousError(f"group {epoch} is dissolved: rank {rank} came too late")
     except RuntimeError as error:  # what torch raises when the store's host has died
-        raise RendezvousError(f"the rendezvous store of group {epoch} is gone: {_first_line(error)}") from error
+        raise _gone(epoch, error) from error
+
+
+def is_dissolved(store: KeyStore, epoch: str) -> bool:
+    """Raises RendezvousError when the store is gone, and with it the group."""
+    try:
+        return store.check([_dissolved(epoch)])
+    except RuntimeError as error:
+        raise _gone(epoch, error) from error
 
 
 def dissolve(store: KeyStore, epoch: str) -> None:
@@ -75,6 +83,10 @@ def _came(epoch: str, rank: int) -> str:
 
 def _dissolved(epoch: str) -> str:
     return f"{epoch}/dissolved"
+
+
+def _gone(epoch: str, error: BaseException) -> RendezvousError:
+    return RendezvousError(f"the rendezvous store of group {epoch} is gone: {_first_line(error)}")
 
 
 def _first_line(error: BaseException) -> str:

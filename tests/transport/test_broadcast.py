@@ -52,6 +52,7 @@ class MemberProcess:
 def _be_a_member(pipe: Connection) -> None:
     torch.set_num_threads(1)
     groups: dict[str, BroadcastGroup] = {}
+    hosted: list[RendezvousStore] = []
     for word, *rest in iter(pipe.recv, ("end",)):
         if word == "join":
             store, epoch, rank, size, deadline_s = rest
@@ -64,6 +65,9 @@ def _be_a_member(pipe: Connection) -> None:
                 pipe.send(tensor.view(torch.uint8).numpy().tobytes())
             except WeftError as error:
                 pipe.send(error)
+        elif word == "host":
+            hosted.append(RendezvousStore())
+            pipe.send(hosted[-1].address)
         elif word == "default-group":
             store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             dist.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -95,13 +99,15 @@ def store() -> RendezvousStore:
 Make = Callable[[], MemberProcess]
 
 
-def formed(store: RendezvousStore, epoch: str, members: list[MemberProcess], deadline_s: float = LONG_S) -> BroadcastGroup:
+def formed(
+    store: RendezvousStore | str, epoch: str, members: list[MemberProcess], deadline_s: float = LONG_S
+) -> BroadcastGroup:
     """Rank 0 of a group of these, through its first broadcast."""
-    size = len(members) + 1
+    size, address = len(members) + 1, store if isinstance(store, str) else store.address
     for rank, process in enumerate(members, 1):
-        process.tell("join", store.address, epoch, rank, size, deadline_s)
+        process.tell("join", address, epoch, rank, size, deadline_s)
         process.tell("receive", epoch, 1, torch.uint8)
-    root = BroadcastGroup(store.address, epoch, 0, size, "gloo", deadline_s)
+    root = BroadcastGroup(address, epoch, 0, size, "gloo", deadline_s)
     root.broadcast(torch.tensor([5], dtype=torch.uint8))
     assert [process.hear() for process in members] == [b"\x05"] * len(members)
     return root
@@ -170,6 +176,28 @@ def test_kill_9_in_the_middle_is_an_error_within_the_deadline_and_a_new_epoch_wo
     for process in survivors:
         process.hear()
     formed(store, "2", [*survivors, member()])
+
+
+def test_who_waits_in_a_broadcast_hears_that_the_group_is_dissolved(member: Make, store: RendezvousStore):
+    """Of a death NCCL tells the survivors nothing: their relay does, which knows of it."""
+    process = member()
+    root = formed(store, "1", [process])
+    process.tell("receive", "1", 1, torch.uint8)
+    store.dissolve("1")
+    error = process.hear()  # long before its own deadline
+    assert type(error) is PeerDiedError and "group 1: it was dissolved" in str(error)
+    root.close()
+
+
+def test_who_waits_in_a_broadcast_hears_that_the_stores_host_is_gone(member: Make):
+    host, process = member(), member()
+    host.tell("host")
+    root = formed(host.hear(), "1", [process])
+    process.tell("receive", "1", 1, torch.uint8)
+    host.kill()
+    error = process.hear()  # long before its own deadline
+    assert type(error) is PeerDiedError and "rendezvous store" in str(error)
+    root.close()
 
 
 def test_a_member_that_falls_silent_ends_the_broadcast_by_the_deadline(member: Make, store: RendezvousStore):
