@@ -81,14 +81,12 @@ class TrainerPool:
         members: Sequence[Member],
         deadline_s: float,
         folder: str | None = None,
-        adapters: int | None = None,
         backend: str = "gloo",
     ) -> None:
         """folder: where a state is while its adapter moves, best in shared memory; None: the system's temporary folder.
-        adapters: that are known to come; if they are fewer than the trainers, these are shared out among them. backend: of the
-        sums of their gradients, as SyncConfig has it."""
+        backend: of the sums of gradients where several share an adapter, as SyncConfig has it."""
         self._members = members
-        self._expected = adapters or len(members)
+        self._expected = len(members)
         self._backend = "gloo" if backend == "gloo" else "nccl"  # in use
         self._may_fall_back = backend == "nccl-or-gloo"
         self._store: RendezvousStore | None = None
@@ -113,7 +111,7 @@ class TrainerPool:
         return self._home[name]
 
     def expect(self, adapters: int) -> None:
-        """So many are to come from now on: where they are fewer than the trainers, these are shared out among them."""
+        """So many are there or are to come: where they are fewer than the trainers, these are shared out among them."""
         self._expected = adapters
 
     async def wait_ready(self) -> None:

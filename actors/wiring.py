@@ -85,13 +85,7 @@ async def open_pools(
     ]
     records = {"TORCH_FR_BUFFER_SIZE": "0"}  # which torch keeps of past collectives, and nobody reads
     relay = member("param-sync", PARAM_SYNC, param_sync_arguments(config), 0, records)
-    trainer_pool = TrainerPool(
-        trainers,
-        cluster.start_deadline_s,
-        shared_folder,
-        len(config.adapters),
-        cluster.sync.backend,
-    )
+    trainer_pool = TrainerPool(trainers, cluster.start_deadline_s, shared_folder, cluster.sync.backend)
     clock = asyncio.get_running_loop().time
     affinity = Affinity(cluster.samplers, cluster.sampler.max_num_seqs, *version_places(config), clock)
     sync_pool = ParamSyncPool(relay, trainer_pool, affinity, cluster.sync.deadline_s, cluster.tensor_parallel)

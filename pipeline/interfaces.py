@@ -76,6 +76,9 @@ class Trainers(Protocol):
         """The processes that hold this adapter, dead or alive: one, where it is not shared. Adapters of one home may share a
         launch."""
 
+    def expect(self, adapters: int) -> None:
+        """So many are there or are to come: where they are fewer than the trainers, these are shared out among them."""
+
     async def wait_ready(self) -> None: ...
 
     async def add(self, config: AdapterConfig, lineage: int) -> None:

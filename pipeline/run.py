@@ -118,6 +118,7 @@ class Pipeline:
             adapter.progress = finished
             self._end(adapter, Phase.FINISHED)
             adapter.gone.set()
+        self._tell_trainers()
 
     async def leave(self, name: str) -> None:
         """End an adapter after what is under way: checkpointed, exported, dropped. Returns when it is gone."""
@@ -259,6 +260,11 @@ class Pipeline:
         with contextlib.suppress(PeerDiedError):  # which drops it too
             await self._pools.trainers.drop(adapter.name)
         adapter.gone.set()
+        self._tell_trainers()
+
+    def _tell_trainers(self) -> None:
+        """How many adapters they are for. One that has ended, in an earlier run or in this one, is none of them."""
+        self._pools.trainers.expect(sum(not adapter.phase.ended for adapter in self._adapters.values()))
 
     def _end(self, adapter: Adapter, phase: Phase) -> None:
         adapter.ended = self._enter(adapter, phase)

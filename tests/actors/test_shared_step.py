@@ -89,7 +89,8 @@ async def trainers(
 
     async with asyncio.timeout(120), asyncio.TaskGroup() as tasks:
         members = [Member(f"trainer-{index}", partial(spawn, index), Client) for index in range(number)]
-        pool = TrainerPool(members, 60.0, str(folder), adapters, backend)
+        pool = TrainerPool(members, 60.0, str(folder), backend)
+        pool.expect(adapters)
         kept = [
             tasks.create_task(member.keep(partial(pool.prepare, member), partial(pool.lost, member))) for member in members
         ]

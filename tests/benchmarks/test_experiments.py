@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from weft.configs.schema import ClusterConfig, Config, ModelConfig, RunConfig
+from weft.configs.schema import AdapterConfig, ClusterConfig, Config, ModelConfig, RunConfig
 from weft.pipeline.events import GroupSampled, LaunchEnded, Phase, PhaseChanged, PipelineStatistics, PoolStatistics, StepTaken
 from weft.pipeline.interfaces import Pools
 
@@ -140,14 +140,15 @@ def range_of(number: int) -> list[SimpleNamespace]:
     return [SimpleNamespace(max_staleness=0)] * number
 
 
-def test_serial_experiments_have_all_trainers_to_themselves_and_warm_up_so(benchmark, simulation, tmp_path):
+def test_serial_experiments_have_all_trainers_to_themselves(benchmark, simulation, tmp_path):
     expected = list[int]()
 
     class TwoTrainers(simulation.SimulatedTrainers):
         capacity = 2
 
-        def expect(self, adapters: int) -> None:
-            expected.append(adapters)
+        async def add(self, config: AdapterConfig, lineage: int) -> None:
+            expected.append(self.expected)
+            await super().add(config, lineage)
 
     async def run() -> object:
         world = simulation.World(random.Random(0), capacity=64, train_seconds=1.0, spread=False)
@@ -158,7 +159,7 @@ def test_serial_experiments_have_all_trainers_to_themselves_and_warm_up_so(bench
     adapters = tuple(simulation.adapter_config(f"a.{i}", num_steps=2, batch_size=8, group_size=4) for i in range(3))
     config = Config(RunConfig(dir=str(tmp_path)), ModelConfig(), ClusterConfig(), adapters)
     simulation.run_virtual(run)
-    assert expected == [3, 1, 1, 1, 1, 3], "all, then one, to warm up; serial; together"
+    assert expected == [3, 3, 3, 1, 1, 1, 3, 3, 3], "as each joined: all, to warm up; serial; together"
 
 
 def test_a_row_is_written_as_its_policy_ends_unless_it_has_not_finished(result, benchmark, simulation, tmp_path):

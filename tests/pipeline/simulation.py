@@ -110,6 +110,7 @@ class World:
     trained: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)  # prompts of each step, by version
     ages: dict[str, list[int]] = field(default_factory=dict)
     launches: list[tuple[str, ...]] = field(default_factory=list)
+    expected: dict[str, int] = field(default_factory=dict)  # adapters, as the trainers were told when each came last
     names: dict[AdapterRef, str] = field(default_factory=dict)  # law 2: what each name once meant
     texts: list[tuple[str, int, bool]] = field(default_factory=list)  # adapter, prompt and held_out of groups with texts
     reward: Callable[[str, int], float] | None = None  # None: any from 0 to 1
@@ -336,13 +337,15 @@ class SimulatedTrainers:
         self.process = Process(world)
         self.held: dict[str, tuple[int, Weights]] = {}  # with the life of the process in which it was added
         self.stepping = False
+        self.expected = 1
 
     @property
     def capacity(self) -> int:
         return 1
 
     def expect(self, adapters: int) -> None:
-        assert adapters > 0
+        assert adapters >= 0
+        self.expected = adapters
 
     def home(self, name: str) -> tuple[int]:
         return (self.held[name][0],)
@@ -351,6 +354,7 @@ class SimulatedTrainers:
         await self.process.ready.wait()
 
     async def add(self, config: AdapterConfig, lineage: int) -> None:
+        self.world.expected[config.name] = self.expected
         await self.process.work(0.01)
         if not self._has(config.name):
             self.held[config.name] = (self.process.deaths, Weights(lineage, 0, ""))

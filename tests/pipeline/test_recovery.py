@@ -84,6 +84,23 @@ def test_a_finished_adapter_is_not_trained_again_and_its_entry_is_kept(simulatio
     assert not [event for event in second.events if isinstance(event, StepTaken) and event.adapter == "a"]
 
 
+def test_trainers_are_told_how_many_adapters_they_are_for_and_those_that_have_ended_are_none(simulation, memory_folder):
+    """So that the last few of a run, resumed or rolled back, are shared out among all trainers."""
+
+    async def beside(simulated):
+        await asyncio.sleep(5.0)
+        assert world.expected == {"b": 2, "c": 2}, "a has finished in the first run"
+        await simulated.pipeline.leave("b")
+        await simulated.trainers.process.die()
+
+    a, b, c = (simulation.adapter_config(name, num_steps=steps) for name, steps in (("a", 6), ("b", 60), ("c", 60)))
+    killed_at(simulation, simulation.World(random.Random(0)), memory_folder, [a], None)
+    world = simulation.World(random.Random(1))
+    outcome = simulation.simulate(world, memory_folder, [a, b, c], beside)
+    assert outcome.statistics.adapters["c"].rollbacks == 1
+    assert world.expected == {"b": 2, "c": 1}, "b has left in this one"
+
+
 def test_an_exported_folder_that_a_kill_left_aside_is_in_its_place_again(simulation, memory_folder):
     config = simulation.adapter_config("a")
     killed_at(simulation, simulation.World(random.Random(0)), memory_folder, [config], None)
