@@ -50,6 +50,8 @@ def preflight(config: Config) -> tuple[str, ...]:
         environment = check_environment(adapter, tokenizer, config.cluster.sampler.max_model_len, loaded)
         if isinstance(environment, Jsonl) and (said := environment.reused(adapter.eval_prompts)):
             notices[said] = None
+        if said := told_of_truncation(adapter):
+            notices[said] = None
     check_port(config.cluster)  # at last: while another run is up it would hide every other mistake
     return tuple(notices)
 
@@ -233,6 +235,17 @@ def check_lora(adapter: AdapterConfig, folder: str) -> None:
     if lora.warm_start is not None:
         with _blaming(f"adapters.{adapter.name}.lora.warm_start={lora.warm_start!r}: "):
             check_peft_folder(Path(lora.warm_start), SlabLayout.build(shapes, modules, lora.rank), lora.alpha)
+
+
+def told_of_truncation(adapter: AdapterConfig) -> str:
+    """What top-p and top-k do to a loss with ratios; empty where there is neither."""
+    sampling, loss = adapter.sampling, adapter.loss
+    if (sampling.top_p == 1 and sampling.top_k == -1) or loss.name == "cross_entropy":
+        return ""
+    clips = loss.name not in ("importance_sampling", "cispo")
+    lost = f"; beyond loss.clip_low={loss.clip_low:g} what was worse than its siblings has no gradient" if clips else ""
+    truncation = f"sampling.top_p={sampling.top_p:g}, top_k={sampling.top_k}"
+    return f"{truncation}: the trainer's log-probabilities know neither, so ratios of {loss.name} are below 1 before any step{lost}"
 
 
 def check_environment(

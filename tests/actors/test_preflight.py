@@ -270,6 +270,20 @@ def test_a_file_with_fewer_held_out_rows_than_are_asked_for_is_told_of_once(tmp_
     assert str(file) in said and "eval_prompts=60" in said
 
 
+def test_a_truncated_distribution_is_told_of_once_where_the_loss_has_ratios(tmp_path: Path) -> None:
+    def told(loss: str, **sampling: float) -> tuple[str, ...]:
+        adapter = {"sampling": sampling, "loss": {"name": loss}}
+        return preflight(configure(tmp_path, adapter, sweep={"lora.rank": [2, 4]}))
+
+    assert told("gspo") == told("cross_entropy", top_p=0.9) == ()
+    (said,) = told("gspo", top_p=0.9)
+    assert "sampling.top_p=0.9" in said and "gspo" in said
+    (said,) = told("grpo", top_k=20)
+    assert "top_k=20" in said and "loss.clip_low=0.2" in said
+    (said,) = told("cispo", top_k=20)
+    assert "clip_low" not in said, "whose tokens all keep their gradient"
+
+
 @pytest.mark.parametrize("adapters", ["demo", "single"])
 def test_what_ships_is_told_of_nothing(tmp_path: Path, adapters: str) -> None:
     assert preflight(expand(compose([f"adapters={adapters}", f"run.dir={tmp_path / 'out'}", "cluster.dashboard_port=0"]))) == ()
