@@ -244,8 +244,8 @@ def told_of_truncation(adapter: AdapterConfig) -> str:
         return ""
     clips = loss.name not in ("importance_sampling", "cispo")
     lost = f"; beyond loss.clip_low={loss.clip_low:g} what was worse than its siblings has no gradient" if clips else ""
-    truncation = f"sampling.top_p={sampling.top_p:g}, top_k={sampling.top_k}"
-    return f"{truncation}: the trainer's log-probabilities know neither, so ratios of {loss.name} are below 1 before any step{lost}"
+    unknown = f"sampling.top_p={sampling.top_p:g}, top_k={sampling.top_k}: the trainer's log-probabilities know neither"
+    return f"{unknown}, so ratios of {loss.name} are below 1 before any step{lost}"
 
 
 def check_environment(
