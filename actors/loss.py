@@ -93,7 +93,9 @@ def _normalised(config: LossConfig, values: Tensor, tokens: LossTokens, denomina
 
 def kl_to_base(logprobs: Tensor, base_logprobs: Tensor) -> Tensor:
     """k3 of Schulman, "Approximating KL Divergence" (2020): exp(b - p) - (b - p) - 1, at least 0, an unbiased estimate of
-    KL(policy || base) on the policy's own samples. Left out: the importance weight that stale tokens would need, as in GRPO."""
+    KL(policy || base) on the policy's own samples. Its gradient, through p alone, is on average that of KL(base || policy),
+    as in GRPO (Tang and Munos 2025, "On a few pitfalls in KL divergence gradient estimation for RL"). Left out: the importance
+    weight that stale tokens would need, as in GRPO too."""
     log_ratio = base_logprobs - logprobs
     return log_ratio.exp() - log_ratio - 1
 

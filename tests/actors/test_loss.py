@@ -188,3 +188,12 @@ def test_the_mean_of_the_kl_estimate_over_the_policys_samples_is_the_kl_divergen
     policy, base = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
     mean = (policy * kl_to_base(policy.log(), base.log())).sum()
     torch.testing.assert_close(mean, (policy * (policy / base).log()).sum())
+
+
+def test_the_gradient_of_the_kl_estimate_over_the_policys_samples_is_that_of_the_reversed_divergence() -> None:
+    logits = torch.tensor([0.9, 0.1, -0.4], dtype=torch.float64, requires_grad=True)
+    base = torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64)
+    policy = logits.log_softmax(0)
+    (found,) = torch.autograd.grad((policy.detach().exp() * kl_to_base(policy, base.log())).sum(), logits, retain_graph=True)
+    (reversed_,) = torch.autograd.grad((base * (base.log() - policy)).sum(), logits)
+    torch.testing.assert_close(found, reversed_)
