@@ -4,8 +4,9 @@
                              └──────────── one slab at a time ───────┘                 └── and its Canary, when that has come
 
 The samplers that a slab goes to form one broadcast group, made when it is first needed and kept for the next slab. Slabs are
-announced at any time, each with its number in the group, and broadcast in that order. Whatever goes wrong in a group dissolves
-it before the next of its broadcasts could begin, and those that still wait get their slabs under a new epoch.
+announced at any time, each with its number in the group, and broadcast in that order; but none while a new group awaits its
+first. Whatever goes wrong in a group dissolves it before the next of its broadcasts could begin, and those that still wait get
+their slabs under a new epoch.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -118,6 +120,9 @@ class FanOut:
         self._run = uuid.uuid4().hex[:8]  # samplers outlive relays, and an epoch is used once
         self._groups: dict[tuple[Peer, ...], _Group] = {}
         self._turn = asyncio.Lock()  # one slab at a time is broadcast: what is announced first comes first
+        # Held while a new group awaits its first slab. What NCCL sets a group up with may wait for all that runs on a card: for
+        # another group's broadcast too, which a sampler has entered ahead of its turn, and whose turn is after this.
+        self._forming = asyncio.Lock()
         self._ahead = asyncio.Semaphore(AHEAD)
         self.epoch = 0
         self.bytes_sent = 0
@@ -184,10 +189,13 @@ class FanOut:
     ) -> dict[Peer, WeftError]:
         """Why each that refuses it does. Raises when a peer died or the broadcast failed: those that still wait are asked
         again, since the dead one may have been between the root and these."""
-        async with self._ahead:
+        async with self._ahead, AsyncExitStack() as alone:
+            await alone.enter_async_context(self._forming)
             group = self._groups.pop(tuple(peers), None) or self._form(tuple(peers))
             self._groups[group.peers] = group  # the last is the one used last
             group.under_way += 1
+            if group.announced:
+                await alone.aclose()
             try:
                 errors = await self._guarded(group, self._announce_and_broadcast(handle, slab, group, times))
             finally:

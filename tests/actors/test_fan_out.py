@@ -20,7 +20,7 @@ from weft.transport.errors import RendezvousError
 from weft.transport.messages import AdapterRef, Done, SlabHandle
 
 SLAB = torch.arange(200, dtype=torch.uint8)
-HANDLE = SlabHandle(AdapterRef("a", 0, 1), len(SLAB), "float32", 1, 1.0, (), 0.0, 0.0)
+HANDLE, OTHER, THIRD = (SlabHandle(AdapterRef(name, 0, 1), len(SLAB), "float32", 1, 1.0, (), 0.0, 0.0) for name in "abc")
 
 
 class Unmet:
@@ -44,6 +44,11 @@ class PlainSampler:
         self.installed: torch.Tensor | None = None
         self._tasks = tasks
         self._coming: asyncio.Task[torch.Tensor] | None = None
+        self._links: dict[str, BroadcastGroup] = {}
+
+    def leave(self) -> None:
+        for link in self._links.values():
+            link.close()
 
     async def handle(self, message: object) -> object:
         match message:
@@ -58,9 +63,10 @@ class PlainSampler:
 
     def _receive(self, message: messages.Receive) -> torch.Tensor:
         slab = torch.empty(message.handle.nbytes, dtype=torch.uint8)
-        link = BroadcastGroup(message.store, message.epoch, message.rank, message.world_size, message.backend, 20.0)
-        link.broadcast(slab)
-        link.close()
+        group = (message.store, message.epoch, message.rank, message.world_size, message.backend, 20.0)
+        if message.epoch not in self._links:
+            self._links[message.epoch] = BroadcastGroup(*group)
+        self._links[message.epoch].broadcast(slab)
         return slab
 
 
@@ -90,6 +96,8 @@ def run(backend: str, law: Callable[..., Awaitable[None]], samplers: int = 1) ->
                 await law(fan, *peers, *plain)
             finally:
                 fan.dissolve()
+                for sampler in plain:
+                    sampler.leave()
                 for peer, server, task in zip(peers, servers, serving, strict=True):
                     await peer.client.aclose()
                     await server.aclose()
@@ -107,17 +115,46 @@ def test_a_group_that_has_a_slab_under_way_makes_way_for_none(monkeypatch: pytes
             assert may_go.wait(20)
             return SLAB
 
+        await fan.send(HANDLE, lambda: SLAB, [one])
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(fan.send(HANDLE, slab, [one]))
+            tasks.create_task(fan.send(OTHER, slab, [one]))
             await asyncio.to_thread(asked.wait, 20)
             sending = tasks.create_task(fan.send(HANDLE, lambda: SLAB, [other]))
             while not second.backends:  # noqa: ASYNC110  until its group is formed, of which the relay tells nobody
                 await asyncio.sleep(0)
             may_go.set()
             await sending
-        assert (first.backends, second.backends, fan.epoch) == (["gloo"], ["gloo"], 2)
+        assert (first.backends, second.backends, fan.epoch) == (["gloo"] * 2, ["gloo"], 2)
 
     monkeypatch.setattr(fan_out, "MAX_GROUPS", 1)
+    run("gloo", law, samplers=2)
+
+
+def test_while_a_group_forms_no_slab_is_announced_in_another() -> None:
+    """Who is told of a slab enters its broadcast, ahead of its turn: NCCL could not set the new group up on that card."""
+
+    async def law(fan: FanOut, one: Peer, other: Peer, first: PlainSampler, second: PlainSampler) -> None:
+        asked, may_go = threading.Event(), threading.Event()
+
+        def slab() -> torch.Tensor:
+            asked.set()
+            assert may_go.wait(20)
+            return SLAB
+
+        await fan.send(HANDLE, lambda: SLAB, [one])
+        async with asyncio.TaskGroup() as tasks:
+            forming = tasks.create_task(fan.send(OTHER, slab, [one, other]))
+            await asyncio.to_thread(asked.wait, 20)
+            later = tasks.create_task(fan.send(THIRD, lambda: SLAB, [one]))
+            while not second.backends:  # noqa: ASYNC110  until it has been told of the new group
+                await asyncio.sleep(0)
+            await one.client.request(messages.GetStatistics(), 20)  # what went to `first` before has come
+            assert first.backends == ["gloo"] * 2  # the first slab, and the new group's
+            may_go.set()
+            await forming
+            await later
+        assert (first.backends, second.backends, fan.epoch) == (["gloo"] * 3, ["gloo"], 2)
+
     run("gloo", law, samplers=2)
 
 
