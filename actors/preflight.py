@@ -25,6 +25,7 @@ from weft.actors.sampler_engine import LORA_RANKS, TESTED
 from weft.configs.build import SettingError
 from weft.configs.schema import AdapterConfig, ClusterConfig, Config, ModelConfig
 
+PROCESS_BYTES = 200 << 20  # of its own that each takes at least: of the smallest model, 240 MB a trainer and 470 MB a sampler
 SOCKET_NAMES = len("/weft-ray-01234567/session_2026-01-01_00-00-00_000000_0123456/sockets/plasma_store")
 
 
@@ -36,6 +37,7 @@ def preflight(config: Config) -> tuple[str, ...]:
     check_output(config.run.dir)
     check_temporary_folder()
     check_ranks(config)
+    check_processes(config.cluster)
     check_gpus(config.cluster)
     check_vllm(config)
     folder = check_model(config)
@@ -117,6 +119,16 @@ def check_ranks(config: Config) -> None:
         for adapter in (one for one in config.adapters if one.lora.rank > RANK_BLOCKS[-1]):
             rule = f"must be at most {RANK_BLOCKS[-1]} where trainers run on GPUs"
             raise SettingError(f"adapters.{adapter.name}.lora.rank={adapter.lora.rank}: {rule}")
+
+
+def check_processes(cluster: ClusterConfig) -> None:
+    """A number that was mistyped does not fill the machine with processes that no signal ends in time."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    most = int(memory / PROCESS_BYTES)
+    if cluster.samplers + cluster.trainers > most:
+        sizes = f"cluster.samplers={cluster.samplers}, cluster.trainers={cluster.trainers}"
+        rule = f"{most} processes at most fit into this machine's memory of {memory / 2**30:.0f} GiB"
+        raise SettingError(f"{sizes}: {rule}, whatever the model")
 
 
 def check_gpus(cluster: ClusterConfig) -> None:

@@ -289,6 +289,13 @@ def test_what_ships_is_told_of_nothing(tmp_path: Path, adapters: str) -> None:
     assert preflight(expand(compose([f"adapters={adapters}", f"run.dir={tmp_path / 'out'}", "cluster.dashboard_port=0"]))) == ()
 
 
+@pytest.mark.parametrize("pool", ["samplers", "trainers"])
+def test_more_processes_than_memory_holds_are_refused_and_a_few_are_not(tmp_path: Path, pool: str) -> None:
+    said = refusal(configure(tmp_path, cluster={pool: 100_000}))
+    assert f"cluster.{pool}=100000" in said and "processes at most fit into this machine's memory" in said
+    preflight(configure(tmp_path, cluster={pool: 3}))
+
+
 def test_gpus_that_are_not_there_are_said_with_those_that_are(tmp_path: Path) -> None:
     said = refusal(configure(tmp_path, cluster={"samplers": 2, "gpus_per_sampler": 99, "gpus_per_trainer": 1}))
     assert "cluster.samplers=2 x gpus_per_sampler=99 + cluster.trainers=1 x gpus_per_trainer=1 ask for 199 GPUs" in said
