@@ -11,8 +11,9 @@ _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 
 
 def extract_answer(text: str) -> str:
-    """The last <answer>...</answer>; else what follows the last "Answer:"; else everything; always after any </think>."""
-    said = text.rsplit("</think>", 1)[-1]
+    """The last <answer>...</answer>; else what follows the last "Answer:"; else everything; always after any </think>, and
+    before a <think> that nothing ends: what is still being thought is no answer."""
+    said = text.rsplit("</think>", 1)[-1].partition("<think>")[0]
     tagged = _TAGGED.findall(said)
     if tagged:
         return str(tagged[-1]).strip()

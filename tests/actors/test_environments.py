@@ -444,5 +444,6 @@ def test_the_answer_is_the_tagged_then_the_labelled_then_all_of_it() -> None:
     assert extract_answer("<answer> a </answer> <answer>b</answer>") == "b"
     assert extract_answer("Answer: no. ANSWER: 12 ") == "12"
     assert extract_answer("<think>Answer: 3</think> 4\n") == "4"
+    assert extract_answer("<think>3, or <answer>4</answer>, so 12") == "" == extract_answer("<think>1</think><think>2")
     assert extract_answer("  plain ") == "plain"
     assert [last_number(text) for text in ("1 and -2.5", "1,200.", "none", ".5e1")] == [-2.5, 1200.0, None, 5.0]
