@@ -86,6 +86,13 @@ class Chat:
         delta = rendered[found + len(_SENTINEL) :]
         return self._encode(delta.removeprefix(self._tokenizer.decode([last_token], skip_special_tokens=False)))
 
+    def turn_end(self) -> int | None:
+        """The token that the template puts behind an assistant's words; None where that is no token added to the vocabulary."""
+        said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SENTINEL}]
+        rendered = str(self._tokenizer.apply_chat_template(said, tokenize=False))
+        tokens = self._encode(rendered.rpartition(_SENTINEL)[2]) if _SENTINEL in rendered else []
+        return tokens[0] if tokens and tokens[0] in self._tokenizer.added_tokens_decoder else None
+
     def _render(self, prompt: Prompt, messages: Sequence[ChatMessage]) -> str:
         tools = list(prompt.tools) or None
         return str(self._tokenizer.apply_chat_template(list(messages), tools=tools, add_generation_prompt=True, tokenize=False))

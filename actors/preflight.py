@@ -52,8 +52,9 @@ def preflight(config: Config) -> tuple[str, ...]:
         environment = check_environment(adapter, tokenizer, config.cluster.sampler.max_model_len, loaded)
         if isinstance(environment, Jsonl) and (said := environment.reused(adapter.eval_prompts)):
             notices[said] = None
-        if said := told_of_truncation(adapter):
-            notices[said] = None
+        for said in (told_of_truncation(adapter), told_of_turn_end(adapter, tokenizer, folder)):
+            if said:
+                notices[said] = None
     check_port(config.cluster)  # at last: while another run is up it would hide every other mistake
     return tuple(notices)
 
@@ -258,6 +259,33 @@ def told_of_truncation(adapter: AdapterConfig) -> str:
     lost = f"; beyond loss.clip_low={loss.clip_low:g} what was worse than its siblings has no gradient" if clips else ""
     unknown = f"sampling.top_p={sampling.top_p:g}, top_k={sampling.top_k}: the trainer's log-probabilities know neither"
     return f"{unknown}, so ratios of {loss.name} are below 1 before any step{lost}"
+
+
+def told_of_turn_end(adapter: AdapterConfig, tokenizer: Any, folder: str) -> str:
+    """That nothing ends a turn where the chat template does, as in many a base model; empty where something does."""
+    from transformers import GenerationConfig
+
+    from weft.actors.episode import Chat
+    from weft.actors.model import read_config
+
+    try:
+        end = Chat(tokenizer).turn_end()
+    except Exception:  # noqa: BLE001  a template may refuse these two messages, and yet take all that the task has
+        end = None
+    if end is None:
+        return ""
+    try:  # where vLLM looks
+        named = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+    except OSError:
+        named = read_config(folder).get("eos_token_id")
+    ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named]), *adapter.sampling.stop_token_ids}
+    text = tokenizer.decode([end])
+    if end in ends or any(stop in text for stop in adapter.sampling.stop):
+        return ""
+    return (
+        f"the chat template ends a turn with {text!r}, which neither the tokenizer nor generation_config.json says: the model "
+        f"goes on behind it to sampling.max_tokens, and sampling.stop_token_ids=[{end}] would end its turn"
+    )
 
 
 def check_environment(

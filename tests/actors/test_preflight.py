@@ -284,6 +284,27 @@ def test_a_truncated_distribution_is_told_of_once_where_the_loss_has_ratios(tmp_
     assert "clip_low" not in said, "whose tokens all keep their gradient"
 
 
+def test_a_turn_that_nothing_ends_where_the_template_does_is_told_of_with_the_token_that_would(
+    tmp_path: Path, folder: Path
+) -> None:
+    """As of base models, whose tokenizer ends a text and no turn."""
+
+    def told(**sampling: Any) -> tuple[str, ...]:
+        model = {"path": str(folder)}
+        return preflight(configure(tmp_path, {"sampling": sampling}, model=model, sweep={"lora.rank": [2, 4]}))
+
+    assert told() == ()
+    change = {"tokenizer_config.json": {"eos_token": "<|endoftext|>"}, "generation_config.json": {"eos_token_id": 256}}
+    for name, other in change.items():
+        assert told() == (), "either of them ends it"
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | other))
+    (said,) = told()
+    assert "'<|im_end|>'" in said and "sampling.stop_token_ids=[258]" in said
+    assert told(stop_token_ids=[258]) == told(stop=["<|im_end|>"]) == ()
+    (folder / "generation_config.json").unlink()
+    assert told() == (), "config.json ends it, where there is no generation_config.json"
+
+
 @pytest.mark.parametrize("adapters", ["demo", "single"])
 def test_what_ships_is_told_of_nothing(tmp_path: Path, adapters: str) -> None:
     assert preflight(expand(compose([f"adapters={adapters}", f"run.dir={tmp_path / 'out'}", "cluster.dashboard_port=0"]))) == ()
