@@ -124,7 +124,7 @@ class SamplingConfig:
     top_p: float = 1.0
     top_k: int = -1  # -1: off
     max_tokens: int = 128  # new tokens a turn
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] = ()  # texts that end a turn; the environment reads what stands before, the model learns both
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0  # with the adapter's name, the prompt's index and epoch, and the sample's, seeds each rollout
 
