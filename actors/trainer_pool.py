@@ -121,20 +121,23 @@ class TrainerPool:
     async def add(self, config: AdapterConfig, lineage: int) -> None:
         """Raises AdapterFault when it cannot be made, or not in time."""
         await self.wait_ready()
-        before = self._home.get(config.name)
-        home = self._new_home(config.name) if before is None or _why(before) else before
+        before = self._home.get(config.name, ())
+        home = before if before and not _why(before) else self._new_home(config.name)
         self._home[config.name] = home  # before it is asked: those that join meanwhile count this one too
         message = self._added[config.name] = messages.AddAdapter(to_mapping(config), lineage)
         try:
+            await self._drop_at([life for life in before if life not in home], config.name)
             await _each(home, message, self._deadline_s)
         except DeadlineError as error:  # it may be made yet, so its home stays known to `drop`
             said = f"{config.name}: {home[0].member.name} has not made its weights within {self._deadline_s:g} s"
             raise AdapterFault(said, "DeadlineError") from error
-        except BaseException:
-            if before is None:
-                self._home.pop(config.name, None)
-            else:
+        except BaseException as error:
+            if isinstance(error, WeftError):  # of one of them: others may have made it
+                await self._drop_at(home, config.name)
+            if before:
                 self._home[config.name] = before
+            else:
+                self._home.pop(config.name, None)
             raise
 
     def _new_home(self, name: str) -> _Home:
@@ -153,15 +156,15 @@ class TrainerPool:
         self._added.pop(name, None)
         self._slabs.pop(name, None)
         home = self._home.pop(name, None)
-        for life in home or ():
-            await self._drop_at(life, name)
+        await self._drop_at(home or (), name)
 
-    async def _drop_at(self, home: _Life, name: str) -> None:
-        try:
-            with suppress(PeerDiedError):  # then it is gone already
-                await home.request(messages.DropAdapter(name), self._deadline_s)
-        except DeadlineError as error:  # its memory is lost to the others, and nothing else
-            _log.warning("%s may still hold %s, which has left: %s", home.member.name, name, error)
+    async def _drop_at(self, lives: Sequence[_Life], name: str) -> None:
+        for life in lives:
+            try:
+                with suppress(PeerDiedError):  # then it is gone already
+                    await life.request(messages.DropAdapter(name), self._deadline_s)
+            except DeadlineError as error:  # its memory is lost to the others, and nothing else
+                _log.warning("%s may still hold %s, which has left: %s", life.member.name, name, error)
 
     async def move(self, ref: AdapterRef, busy: Collection[tuple[Hashable, ...]]) -> bool:
         """To the trainer with the fewest adapters of those that are neither `busy` nor shared, state and all. False: there is
@@ -183,7 +186,7 @@ class TrainerPool:
             if home.ended:
                 raise
             _log.warning("%s stays on %s: %s", ref, home.member.name, error)
-            await self._drop_at(new, ref.name)
+            await self._drop_at([new], ref.name)
             return False
         finally:
             self._moving_to.discard(new)
@@ -191,7 +194,7 @@ class TrainerPool:
         self._home[ref.name] = (new,)
         moved, self._moved = self._moved, asyncio.Event()
         moved.set()
-        await self._drop_at(home, ref.name)
+        await self._drop_at([home], ref.name)
         return True
 
     async def wait_lost(self, name: str) -> str:
@@ -230,7 +233,9 @@ class TrainerPool:
             results = [one for one in done if isinstance(one, StepResults)]
             if len(results) == len(home):
                 return StepResults((join(parts, [one.results[0] for one in results]),), max(one.seconds for one in results))
-            failure = next(one for one in done if isinstance(one, WeftError))
+            failures = [one for one in done if isinstance(one, WeftError)]
+            # one trainer's own says why, the others only that their group is no more
+            failure = next((one for one in failures if isinstance(one, RemoteError)), failures[0])
             why = await self._death(home)
             if why or results:
                 raise PeerDiedError(why or f"a step on {len(home)} trainers: {failure}") from failure

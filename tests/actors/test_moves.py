@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -17,7 +18,7 @@ from weft.actors.trainer import Trainer
 from weft.actors.trainer_pool import TrainerPool
 from weft.configs.schema import AdapterConfig, LoraConfig, LossConfig, TrainerConfig
 from weft.transport import messages
-from weft.transport.errors import PeerDiedError
+from weft.transport.errors import PeerDiedError, RemoteError
 from weft.transport.memory import Client, Server
 from weft.transport.messages import AdapterRef, TrainBatch
 
@@ -142,6 +143,53 @@ def test_a_move_that_fails_leaves_the_adapter_where_it_is(trainer_base: Path, tm
             await bench.now["trainer-0"].stop()
             with pytest.raises(PeerDiedError):  # the one that has it is dead
                 await pool.move(AdapterRef("a", 0, 1), ())
+
+    asyncio.run(law())
+
+
+def test_a_trainer_that_shared_an_adapter_keeps_nothing_of_it_when_it_lives_on_another_alone(
+    trainer_base: Path, tmp_path: Path
+) -> None:
+    async def law() -> None:
+        async with trainers(trainer_base, tmp_path) as bench:
+            pool = bench.pool
+            pool.expect(1)
+            await pool.add(AdapterConfig("a", **CONFIG), 0)
+            pool.expect(2)
+            await pool.add(AdapterConfig("b", **CONFIG), 0)
+            assert bench.holders("a") == {0, 1} and bench.holders("b") == {0}
+            await bench.now["trainer-1"].stop()
+            await pool.wait_lost("a")
+            await pool.add(AdapterConfig("a", **CONFIG), 1)
+            assert bench.holders("a") == {1} and bench.holders("b") == {0}
+
+    asyncio.run(law())
+
+
+def test_an_adapter_that_one_of_its_trainers_could_not_make_is_gone_from_the_others_when_it_is_dropped(
+    trainer_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def law() -> None:
+        async with trainers(trainer_base, tmp_path) as bench:
+            it_can, it_cannot = (bench.now[f"trainer-{index}"].trainer for index in (0, 1))
+            make, is_made = it_can._add, threading.Event()
+
+            def makes(*asked: Any) -> messages.AdapterAdded:
+                added = make(*asked)
+                is_made.set()
+                return added
+
+            def refuses(*_: Any) -> messages.AdapterAdded:
+                is_made.wait()
+                raise ValueError("no room")
+
+            monkeypatch.setattr(it_can, "_add", makes)
+            monkeypatch.setattr(it_cannot, "_add", refuses)
+            bench.pool.expect(1)
+            with pytest.raises(RemoteError, match="no room"):
+                await bench.pool.add(AdapterConfig("a", **CONFIG), 0)
+            await bench.pool.drop("a")
+            assert not bench.holders("a")
 
     asyncio.run(law())
 
