@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weft.actors.affinity import engine_places
 from weft.actors.blame import shown
@@ -24,6 +24,9 @@ from weft.actors.environments.load import load_environment
 from weft.actors.sampler_engine import LORA_RANKS, TESTED
 from weft.configs.build import SettingError
 from weft.configs.schema import AdapterConfig, ClusterConfig, Config, ModelConfig
+
+if TYPE_CHECKING:
+    from weft.actors.episode import Chat
 
 PROCESS_BYTES = 200 << 20  # of its own that each takes at least: of the smallest model, 240 MB a trainer and 470 MB a sampler
 SOCKET_NAMES = len("/weft-ray-01234567/session_2026-01-01_00-00-00_000000_0123456/sockets/plasma_store")
@@ -291,34 +294,45 @@ def told_of_turn_end(adapter: AdapterConfig, tokenizer: Any, folder: str) -> str
 def check_environment(
     adapter: AdapterConfig, tokenizer: Any, max_model_len: int, loaded: dict[str, Environment]
 ) -> Environment:
-    """The environment imports, takes its settings and fits the protocol; its first prompt renders and leaves room to answer.
+    """The environment imports, takes its settings and fits the protocol; its first prompt, and the longest ones of a file,
+    render and leave room to answer.
 
     loaded: environments by what they were built from; adapters of one task share theirs here.
     """
     from weft.actors.episode import Chat
 
-    target = adapter.environment.target
+    chat, target = Chat(tokenizer), adapter.environment.target
     key = json.dumps([target, adapter.environment.settings], sort_keys=True, default=str)
     with _blaming(f"adapters.{adapter.name}."):
         if key not in loaded:
             loaded[key] = load_environment(target, adapter.environment.settings)
         for held_out in (False, True) if adapter.eval_prompts else (False,):
-            try:
-                prompt = loaded[key].prompt(0, held_out)
-                tokens = Chat(tokenizer).prompt(prompt)
-            except BaseException as error:  # a user's prompt, through a model's template: either may raise anything
-                if isinstance(error, KeyboardInterrupt):
-                    raise  # somebody's Ctrl-C
-                said = f"{type(error).__name__}: {shown(error)}"
-                raise ValueError(f"environment.target={target!r}: prompt(0, {held_out}) cannot be rendered: {said}") from error
-            if len(tokens) >= max_model_len:
-                rule = f"has {len(tokens)} tokens, and cluster.sampler.max_model_len={max_model_len} must be above that"
-                raise ValueError(f"environment.target={target!r}: prompt(0, {held_out}) {rule}")
-            room, wanted = max_model_len - len(tokens), adapter.sampling.max_tokens
+            tokens = _check_prompt(loaded[key], target, 0, held_out, chat, max_model_len)
+            room, wanted = max_model_len - tokens, adapter.sampling.max_tokens
             if wanted > room:
-                why = f"cluster.sampler.max_model_len={max_model_len} less the {len(tokens)} tokens of prompt(0, {held_out})"
+                why = f"cluster.sampler.max_model_len={max_model_len} less the {tokens} tokens of prompt(0, {held_out})"
                 raise ValueError(f"sampling.max_tokens={wanted}: must be at most {room}, which is {why}")
+            for index in loaded[key].longest(held_out) if isinstance(loaded[key], Jsonl) else ():
+                if not held_out or index < adapter.eval_prompts:  # the others are not asked
+                    _check_prompt(loaded[key], target, index, held_out, chat, max_model_len)
     return loaded[key]
+
+
+def _check_prompt(environment: Environment, target: str, index: int, held_out: bool, chat: Chat, max_model_len: int) -> int:
+    """One prompt renders and leaves room to answer; returns its tokens."""
+    which = f"environment.target={target!r}: prompt({index}, {held_out})"
+    try:
+        prompt = environment.prompt(index, held_out)
+        tokens = len(chat.prompt(prompt))
+    except BaseException as error:  # a user's prompt, through a model's template: either may raise anything
+        if isinstance(error, KeyboardInterrupt):
+            raise  # somebody's Ctrl-C
+        raise ValueError(f"{which} cannot be rendered: {type(error).__name__}: {shown(error)}") from error
+    if tokens >= max_model_len:
+        last = shown(prompt, lambda one: repr(one.messages[-1]["content"]))
+        rule = f"cluster.sampler.max_model_len={max_model_len} must be above that"
+        raise ValueError(f"{which} has {tokens} tokens, and {rule}; its last message is {last:.60}...")
+    return tokens
 
 
 def _tokenizer(model: ModelConfig, folder: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import importlib
 import inspect
 import json
@@ -18,6 +19,7 @@ from weft.actors.environments.split import check_fraction, is_held_out
 
 MATCHES = ("exact", "numeric", "regex")
 SHIPPED = "weft:"  # path="weft:larger.jsonl" is the file that lies beside this one
+LONGEST = 64  # rows of a side that are looked at before a run: in tokens the longest is one of the longest in bytes
 Row = Mapping[str, Any]
 Reward = Callable[[str, Row], Any]
 
@@ -54,6 +56,7 @@ class Jsonl:
                 raise ValueError(f"held_out_fraction={held_out_fraction!r}: leaves no {side} row in {path}")
         self._training, self._held_out = sides
         self._path, self._fraction = path, held_out_fraction
+        self._longest: dict[bool, list[int]] = {}
 
     @property
     def num_prompts(self) -> int:
@@ -67,6 +70,15 @@ class Jsonl:
             return ""
         told = f"{rows} held-out row{'s' * (rows > 1)} (held_out_fraction={self._fraction:g})"
         return f"{self._path} has {told}, fewer than eval_prompts={prompts}: they are asked again"
+
+    def longest(self, held_out: bool) -> list[int]:
+        """Of one side the rows with the longest prompts, some dozens."""
+        if held_out not in self._longest:  # every adapter of the task asks
+            rows = self._held_out if held_out else self._training
+            texts = (json.dumps(row[self._prompt_field], ensure_ascii=False) for row in rows)
+            lengths = [len(text.encode(errors="surrogatepass")) for text in texts]
+            self._longest[held_out] = heapq.nlargest(LONGEST, range(len(rows)), key=lengths.__getitem__)
+        return self._longest[held_out]
 
     def prompt(self, index: int, held_out: bool) -> Prompt:
         """Row `index` of one side, in the file's order, round and round."""

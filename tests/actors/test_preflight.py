@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from weft.actors import preflight as preflight_module
 from weft.actors.base_model import tiny_path
 from weft.actors.environment import Prompt
+from weft.actors.environments.split import is_held_out
 from weft.actors.episode import Chat
 from weft.actors.lora import SlabLayout, linear_shapes, resolve_targets
 from weft.actors.model import read_config
@@ -253,6 +254,30 @@ def test_a_jsonl_file_is_read_to_its_end(tmp_path: Path) -> None:
     settings = {"path": str(file)}
     message = refusal(configure(tmp_path, {"environment": {"target": "jsonl", "settings": settings}}))
     assert str(file) in message
+
+
+def test_a_row_too_long_for_the_model_is_found_before_the_step_that_would_ask_it(tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    sides: dict[bool, list[str]] = {False: [], True: []}
+    for question in (f"what of number {i} and {i * i}, then?" for i in range(300)):
+        sides[is_held_out(json.dumps(question), 0.5)].append(question)
+    settings = {"path": str(file), "held_out_fraction": 0.5}
+
+    def made(changed: str, eval_prompts: int = 20) -> Config:
+        """With that question a thousand words longer, on the side where it was."""
+        longer = next(
+            text
+            for i in range(99)
+            if is_held_out(json.dumps(text := changed + " why" * (1000 + i)), 0.5) == (changed in sides[True])
+        )
+        rows = [longer if question == changed else question for side in sides.values() for question in side]
+        file.write_text("".join(json.dumps({"prompt": row, "answer": 1}) + "\n" for row in rows))
+        return configure(tmp_path, {"environment": {"target": "jsonl", "settings": settings}, "eval_prompts": eval_prompts})
+
+    said = refusal(made(sides[False][70]))
+    assert "prompt(70, False) has" in said and "max_model_len=512 must be above" in said and sides[False][70] in said
+    assert "prompt(15, True) has" in refusal(made(sides[True][15]))
+    preflight(made(sides[True][15], eval_prompts=15))  # which asks those before it
 
 
 def test_a_file_with_fewer_held_out_rows_than_are_asked_for_is_told_of_once(tmp_path: Path) -> None:
