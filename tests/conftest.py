@@ -8,6 +8,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("weft", deadline=None)  # how long one example takes says what else the machine does
+settings.load_profile("weft")
 
 
 @pytest.fixture(scope="session")
