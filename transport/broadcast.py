@@ -168,15 +168,14 @@ class BroadcastGroup:
         """Leave the group. From another thread: ends the broadcast that is under way there with PeerDiedError."""
         self._broken = self._broken or "it was closed"
         self._left.set()
-        outcome, group, jobs = self._outcome, self._group, self._jobs
+        outcome, jobs, groups = self._outcome, self._jobs, [self._group] if self._group is not None else []
         self._group = self._store = None
         if jobs is not None:
             jobs.put(None)
         if outcome is not None:
             outcome.put(PeerDiedError(f"group {self._epoch} was closed during a broadcast"))
-        if group is not None:
-            # NCCL's abort can wait for a dead peer, and nobody waits for it
-            threading.Thread(target=group.abort, name=f"abort-{self._epoch}", daemon=True).start()
+        if groups:
+            threading.Thread(target=_abandon, args=(groups,), name=f"abort-{self._epoch}", daemon=True).start()
 
     def statistics(self) -> BroadcastStatistics:
         return BroadcastStatistics(broadcasts=self._broadcasts, nbytes=self._nbytes, seconds=self._seconds)
@@ -262,6 +261,12 @@ class BroadcastGroup:
         torch.cuda.current_stream(tensor.device).synchronize()  # thread that decodes has it, and each look would wait for it
         if self._broken or not work.is_completed():  # an abort ends the wait as well; a fault is raised by the question
             raise PeerDiedError(f"group {self._epoch}: {self._broken or 'its broadcast was given up'}")
+
+
+def _abandon(groups: list[Any]) -> None:
+    """NCCL's abort can wait for a dead peer, and gloo's end, when the last that has it lets go, for a silent one: nobody waits
+    for them."""
+    groups.pop().abort()
 
 
 def _route(host: str, port: int) -> str:

@@ -211,6 +211,19 @@ def test_a_member_that_falls_silent_ends_the_broadcast_by_the_deadline(member: M
     assert time.monotonic() - started < 10
 
 
+def test_who_leaves_a_group_waits_for_no_silent_member(member: Make, store: RendezvousStore):
+    process = member()
+    root = formed(store, "1", [process])
+    os.kill(process._process.pid, signal.SIGSTOP)
+    store.dissolve("1")
+    with pytest.raises(PeerDiedError):
+        for _ in range(100):  # the kernel may take the first ones for it
+            root.broadcast(torch.zeros(10_000_019, dtype=torch.uint8))
+    started = time.monotonic()
+    root.close()
+    assert time.monotonic() - started < 5
+
+
 def test_close_from_another_thread_ends_the_wait(store: RendezvousStore):
     root = BroadcastGroup(store.address, "1", 0, 2, "gloo", LONG_S)
     timer = threading.Timer(0.1, root.close)
