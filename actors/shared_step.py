@@ -19,7 +19,7 @@ from torch import Tensor
 from weft.actors.adapter_store import AdapterStore
 from weft.actors.learner import Adapter, Learner
 from weft.transport.broadcast import BroadcastGroup
-from weft.transport.errors import PeerDiedError, RendezvousError, TransportError
+from weft.transport.errors import DeadlineError, PeerDiedError, RendezvousError
 from weft.transport.messages import StepResult, TrainBatch, TrainShare
 
 ELSEWHERE = "another trainer could not take its part of the batch"
@@ -94,8 +94,8 @@ class SharedSteps:
         learner: Learner,
         optim_step: Callable[[Sequence[Adapter]], Sequence[StepResult]],
     ) -> StepResult:
-        """Returns when all have stepped, or none. Raises WeftError when another trainer dies or does not come: then the adapter
-        is as it was, and the group of no more use."""
+        """Returns when all have stepped, or none. Raises RendezvousError when another trainer dies or does not come, or their
+        group breaks: then the adapter is as it was, and the group of no more use."""
         batch, metrics = message.batch, dict[str, float]()
         try:
             if not refusal:
@@ -112,8 +112,8 @@ class SharedSteps:
         except BaseException as error:
             self._forget(adapter)
             self.end(message.epoch)
-            if isinstance(error, PeerDiedError):  # which a caller would read as the death of this process
-                raise TransportError(f"another trainer went: {error}") from error
+            if isinstance(error, PeerDiedError | DeadlineError):  # a caller would take it for this process's, or the adapter's
+                raise RendezvousError(f"the group of this step is no more: {error}") from error
             raise
         (result,) = optim_step([adapter])
         return replace(result, tokens=len(batch.tokens), metrics={**metrics, **result.metrics})

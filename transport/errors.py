@@ -11,7 +11,7 @@
     ├── InstallError             a sampler could not take a version
     ├── VersionError             a trainer has another version of the adapter than the one asked for
     ├── EngineLostError          a sampler's process lives, but its engine does not: it can do nothing any more
-    ├── RendezvousError          a broadcast group did not form in time; says which ranks came
+    ├── RendezvousError          a broadcast group did not form in time (says which ranks came), or broke in a shared step
     ├── StartError               an actor did not start, or not in time; carries its traceback
     └── CheckpointError          a checkpoint cut short or altered
 """
@@ -75,7 +75,7 @@ class EngineLostError(WeftError):
 
 
 class RendezvousError(WeftError):
-    """A broadcast group did not form in time."""
+    """A broadcast group did not form in time, or broke in a step that trainers share."""
 
 
 class StartError(WeftError):

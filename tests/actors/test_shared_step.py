@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 from weft.actors.member import Member
 from weft.actors.shared_step import join, split
 from weft.actors.trainer import Trainer
-from weft.actors.trainer_pool import TrainerPool
+from weft.actors.trainer_pool import TrainerPool, _Life
 from weft.configs.schema import AdapterConfig, LoraConfig, LossConfig, TrainerConfig
 from weft.transport import messages
 from weft.transport.broadcast import BroadcastGroup, RendezvousStore
 from weft.transport.channel import Client, Server
-from weft.transport.errors import AdapterFault, PeerDiedError
+from weft.transport.errors import AdapterFault, PeerDiedError, RemoteError, RendezvousError
 from weft.transport.messages import AdapterRef, StepResult, TrainBatch
 
 STEPS = 3
@@ -229,6 +229,60 @@ def test_where_nccl_cannot_be_had_the_same_step_goes_through_the_host_if_that_is
     asyncio.run(law("nccl-or-gloo"))
     assert "go through the host (gloo) from now on" in caplog.text
     asyncio.run(law("nccl"))
+
+
+def test_a_group_that_breaks_though_nobody_has_died_costs_the_adapter_nothing(
+    trainer_base: Path, tmp_path: Path, batch: MakeBatch
+) -> None:
+    """As NCCL's does where it has no memory, say."""
+
+    async def law() -> None:
+        async with trainers(trainer_base, tmp_path, 2, 1) as (pool, alive):
+            await pool.add(config(), 0)
+            await train(pool, batch, 0, 1)
+            os.kill(alive[1].pid, signal.SIGSTOP)
+            async with asyncio.TaskGroup() as tasks:
+                step = tasks.create_task(pool.step([batch("a", 1, rows=7, seed=1)]))
+                (first,) = [member for member in pool._members if member.endpoint == alive[0].endpoint]
+                assert (await first.request(messages.GetStatistics())).steps == 1  # it answers when the step has begun
+                assert pool._store is not None
+                pool._store.dissolve(pool._epochs[pool._home["a"]])
+                while pool._epochs and not step.done():  # noqa: ASYNC110  until the other one has given the group up
+                    await asyncio.sleep(0.01)
+                os.kill(alive[1].pid, signal.SIGCONT)
+            (result,) = step.result().results
+            assert not result.fault and result.ref == AdapterRef("a", 0, 2)
+            assert len(alive) == 2 and not any(life.ended for life in pool._home["a"])
+            await train(pool, batch, 2, STEPS)
+
+    asyncio.run(law())
+
+
+def test_what_one_trainer_fails_by_is_the_reason_not_that_the_others_lost_it(batch: MakeBatch) -> None:
+    class Trainers:
+        """The first waits for the second, which has no memory."""
+
+        name, deaths, ended = "trainer", 0, asyncio.Event()
+
+        async def request(self, message: object, deadline_s: float | None = None) -> object:
+            match message:
+                case messages.TrainShare(rank=0):
+                    await self.ended.wait()
+                    raise RendezvousError("the group of this step is no more")
+                case messages.TrainShare():
+                    raise RemoteError("CUDA out of memory")
+                case messages.EndShare():
+                    self.ended.set()
+            return messages.Done()
+
+    async def law() -> None:
+        pool = TrainerPool([], 60.0, backend="nccl-or-gloo")
+        home = (_Life(Trainers()), _Life(Trainers()))  # type: ignore[arg-type]
+        with pytest.raises(AdapterFault, match="out of memory"):
+            await pool._share(batch("a"), home)
+        assert pool._backend == "nccl"
+
+    asyncio.run(law())
 
 
 def test_trainers_are_shared_out_evenly_and_one_each_where_adapters_are_as_many(trainer_base: Path, tmp_path: Path) -> None:
