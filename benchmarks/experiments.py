@@ -138,8 +138,9 @@ async def run_both(
     all_of_them = [
         dataclasses.replace(warm.rename(adapter), num_steps=WARM_UP_STEPS, eval_prompts=0) for adapter in config.adapters
     ]
-    alone = [[all_of_them[0]]] if pools.trainers.capacity > 1 else []  # whose steps all trainers share
-    await run_policy(config, pools, warm, [all_of_them, *alone], clock)
+    one = dataclasses.replace(all_of_them[0], name=f"{all_of_them[0].name}.alone")  # whose steps all trainers share
+    rounds = [all_of_them, [one]] if pools.trainers.capacity > 1 else [all_of_them]
+    await run_policy(config, pools, warm, rounds, clock)
     step_tokens = max(tokens for event in warm.events if isinstance(event, LaunchEnded) for tokens in event.tokens.values())
     done = {name: Policy(name) for name in names}
     for policy in done.values():

@@ -140,7 +140,7 @@ def range_of(number: int) -> list[SimpleNamespace]:
     return [SimpleNamespace(max_staleness=0)] * number
 
 
-def test_serial_experiments_have_all_trainers_to_themselves(benchmark, simulation, tmp_path):
+def test_serial_experiments_have_all_trainers_to_themselves_and_warm_up_so(benchmark, simulation, tmp_path):
     expected = list[int]()
 
     class TwoTrainers(simulation.SimulatedTrainers):
@@ -159,7 +159,7 @@ def test_serial_experiments_have_all_trainers_to_themselves(benchmark, simulatio
     adapters = tuple(simulation.adapter_config(f"a.{i}", num_steps=2, batch_size=8, group_size=4) for i in range(3))
     config = Config(RunConfig(dir=str(tmp_path)), ModelConfig(), ClusterConfig(), adapters)
     simulation.run_virtual(run)
-    assert expected == [3, 3, 3, 1, 1, 1, 3, 3, 3], "as each joined: all, to warm up; serial; together"
+    assert expected == [3, 3, 3, 1, 1, 1, 1, 3, 3, 3], "as each joined: all, then one, to warm up; serial; together"
 
 
 def test_a_row_is_written_as_its_policy_ends_unless_it_has_not_finished(result, benchmark, simulation, tmp_path):
