@@ -14,9 +14,8 @@ def test_with_two_samplers_and_two_trainers_a_death_of_each_moves_or_rolls_back_
     weft: Any, adapters: str, tmp_path: Path
 ) -> None:
     run = weft(tmp_path / "run", adapters, *SHORT, *SEVERAL, "cluster.dashboard_port=0")
-    run.wait_until(lambda: len(run.steps()) >= 6, "the first steps")
-    homes = {group["adapter"]: group["sampler"] for group in reversed(run.groups())}  # of its first: later it may be a guest
-    assert set(homes.values()) == {0, 1}, "both samplers have adapters of their own"
+    run.wait_until(lambda: len({step["adapter"] for step in run.steps()}) == 3, "a step of each")
+    run.wait_until(lambda: {group["sampler"] for group in run.groups()} == {0, 1}, "groups of both samplers")
     run.kill("sampler-0")
     after = len(run.steps())
     run.wait_until(lambda: len(run.steps()) >= after + 6, "steps with one sampler, or both again")
