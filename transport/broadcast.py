@@ -162,7 +162,8 @@ class BroadcastGroup:
         except RendezvousError as error:
             why = str(error)
         if self._outcome is outcome:
-            outcome.put(PeerDiedError(f"group {self._epoch}: {why}"))
+            forming = self._group is None and not self._left.is_set()  # then the roll call, which looks too, would say the same
+            outcome.put((RendezvousError if forming else PeerDiedError)(f"group {self._epoch}: {why}"))
 
     def close(self) -> None:
         """Leave the group. From another thread: ends the broadcast that is under way there with PeerDiedError."""

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from weft.transport import rendezvous
 from weft.transport.broadcast import BroadcastGroup, RendezvousStore
 from weft.transport.errors import DeadlineError, PeerDiedError, RendezvousError, WeftError
 
@@ -156,6 +157,15 @@ def test_a_member_that_never_comes_is_told_by_the_ranks_that_came(member: Make, 
     assert time.monotonic() - started < 10
     store.dissolve("1")
     assert type(process.hear()) is RendezvousError  # long before its own deadline
+
+
+def test_a_group_dissolved_while_it_forms_is_a_rendezvous_error_whoever_sees_it_first(store: RendezvousStore, monkeypatch):
+    monkeypatch.setattr(rendezvous, "answer", lambda *words: words[-1].wait(LONG_S))  # a roll call that looks at nothing
+    group = BroadcastGroup(store.address, "1", 0, 2, "gloo", LONG_S)
+    store.dissolve("1")
+    with pytest.raises(RendezvousError, match="group 1: it was dissolved"):
+        group.broadcast(torch.zeros(1))
+    group.close()
 
 
 def test_kill_9_in_the_middle_is_an_error_within_the_deadline_and_a_new_epoch_works(member: Make, store: RendezvousStore):
