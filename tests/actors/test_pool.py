@@ -1,14 +1,18 @@
-"""The pools over stand-in actors that keep the real protocol's state, served by the in-process transport, killed at will."""
+"""The pools over stand-in actors that keep the real protocol's state, served by the in-process transport, killed at will.
+
+In virtual time: deadlines, pauses and loads are the same however busy the machine is, and so is who comes first.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable
+import selectors
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -33,10 +37,38 @@ from weft.transport.errors import (
 from weft.transport.memory import Client, Server
 from weft.transport.messages import AdapterRef
 
+T = TypeVar("T")
 PIDS = itertools.count(1000)
 DEADLINE_S = 0.2  # where a law waits for it to pass
 PLACES = 12  # for versions in each engine: four adapters of max_staleness 1
 SEATS = 16  # for rollouts on each sampler
+TURN_S = 1e-4  # of virtual time, that each turn of the event loop takes
+
+
+class _Clock(selectors.SelectSelector):
+    """Waits by moving the time, and moves it a little each turn: whoever looks again and again sees deadlines pass."""
+
+    now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        assert timeout is not None, "nobody can go on"
+        self.now += max(timeout, TURN_S)
+        return []
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    def __init__(self) -> None:
+        self._clock = _Clock()
+        super().__init__(self._clock)
+
+    def time(self) -> float:
+        return self._clock.now
+
+
+def run(law: Coroutine[Any, Any, T]) -> T:
+    """As asyncio.run, in virtual time."""
+    with asyncio.Runner(loop_factory=_Loop) as runner:
+        return runner.run(law)
 
 
 class StandIn:
@@ -391,7 +423,7 @@ def test_a_rollout_goes_to_the_sampler_with_the_fewest_sequences_in_flight() -> 
             for sampler in samplers:
                 sampler.hold.set()
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_two_adapters_live_on_a_sampler_each_and_a_sync_goes_nowhere_else() -> None:
@@ -412,7 +444,7 @@ def test_two_adapters_live_on_a_sampler_each_and_a_sync_goes_nowhere_else() -> N
                     after = [world.now(f"sampler-{number}").actor.rollouts for number in range(2)]
                     assert {number for number in range(2) if after[number] > before[number]} == wanted
 
-    asyncio.run(law())
+    run(law())
 
 
 @pytest.mark.parametrize("by", ["rollout", "publish"])
@@ -441,7 +473,7 @@ def test_a_sampler_that_serves_an_adapter_again_keeps_nothing_of_the_time_before
                 await pools.sync.publish(new, before)
             assert {ref for ref in left.live if ref.name == "a"} == {new}
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_a_samplers_death_ends_its_rollouts_and_its_adapters_live_on_the_other_at_once_until_it_is_back() -> None:
@@ -475,7 +507,7 @@ def test_a_samplers_death_ends_its_rollouts_and_its_adapters_live_on_the_other_a
             assert pools.having(newest[0]) != pools.having(newest[1])
             assert not pools.having(newer) and not pools.having(refs[1])
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_what_processes_count_is_told_under_their_names_with_the_deaths_of_their_places() -> None:
@@ -498,7 +530,7 @@ def test_what_processes_count_is_told_under_their_names_with_the_deaths_of_their
             await pools.samplers.wait_ready()
             assert (await pools.samplers.numbers())["sampler-0"] == {**counted["sampler-1"], "deaths": 1}
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_a_trainers_death_is_told_to_every_adapter_it_held_until_each_is_made_again() -> None:
@@ -522,7 +554,7 @@ def test_a_trainers_death_is_told_to_every_adapter_it_held_until_each_is_made_ag
             with pytest.raises(PeerDiedError):  # b has not been made again
                 await pools.trainers.step([batch(refs[1])])
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_a_publish_in_flight_survives_the_relays_death_and_every_version_is_given_to_the_next_relay() -> None:
@@ -546,7 +578,7 @@ def test_a_publish_in_flight_survives_the_relays_death_and_every_version_is_give
             await world.until(lambda: not pools.sampler_members[max(homes[0])].ready)
             assert (await pools.samplers.rollout(newer, 0, 1)).ref == newer
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_a_slab_that_came_with_its_step_is_asked_for_no_more_but_once_it_has_been_lost() -> None:
@@ -575,7 +607,7 @@ def test_a_slab_that_came_with_its_step_is_asked_for_no_more_but_once_it_has_bee
             await pools.sync.publish(newest, newer)
             assert pools.having(newest) and world.publishes == 1
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_a_publish_survives_the_death_of_a_sampler_that_it_waits_for() -> None:
@@ -594,7 +626,7 @@ def test_a_publish_survives_the_death_of_a_sampler_that_it_waits_for() -> None:
             await pools.samplers.wait_ready()
             assert all(world.now(f"sampler-{index}").actor.installed["a"] == newer for index in range(2))
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_an_adapter_is_audited_first_on_each_samplers_process_and_in_each_lineage_and_then_every_eighth_version() -> None:
@@ -620,7 +652,7 @@ def test_an_adapter_is_audited_first_on_each_samplers_process_and_in_each_lineag
             await pools.sync.publish(other, ref)
             assert world.asked[-1].ref == other
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_a_new_relay_is_given_every_version_without_another_audit() -> None:
@@ -633,7 +665,7 @@ def test_a_new_relay_is_given_every_version_without_another_audit() -> None:
             assert {handle.ref for handle in world.now("relay").actor.newest.values()} == set(refs)
             assert world.asked == asked
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_a_process_that_listens_where_the_one_before_it_did_is_audited_anew() -> None:
@@ -648,7 +680,7 @@ def test_a_process_that_listens_where_the_one_before_it_did_is_audited_anew() ->
             await pools.sync.publish(newer, ref)
             assert world.asked[-1].ref == newer
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_a_version_that_is_published_once_more_since_it_failed_is_audited(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -666,7 +698,7 @@ def test_a_version_that_is_published_once_more_since_it_failed_is_audited(monkey
                 await publishing
             assert {one.ref for one in world.asked[asked:]} == {newer} and pools.having(newer)
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_a_canary_that_the_trainer_cannot_give_is_a_fault_of_the_install() -> None:
@@ -678,7 +710,7 @@ def test_a_canary_that_the_trainer_cannot_give_is_a_fault_of_the_install() -> No
                 await pools.sync.publish(newer, ref)
             assert pools.having(ref) and not pools.having(newer)
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_a_trainer_that_dies_between_weights_and_canary_ends_the_publish_and_nobody_has_that_version() -> None:
@@ -695,7 +727,7 @@ def test_a_trainer_that_dies_between_weights_and_canary_ends_the_publish_and_nob
             assert isinstance(publishing.result(), PeerDiedError)
             assert pools.having(ref) and not pools.having(newer)
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_relay_and_sampler_dead_while_the_trainer_is_a_version_ahead_rollouts_wait_for_the_next_publish() -> None:
@@ -711,7 +743,7 @@ def test_relay_and_sampler_dead_while_the_trainer_is_a_version_ahead_rollouts_wa
                 await pools.sync.publish(newer, ref)
             assert rollout.result().ref == newer
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_a_version_that_a_new_relay_cannot_distribute_is_tried_again_and_no_rollout_waits_for_it(
@@ -734,7 +766,7 @@ def test_a_version_that_a_new_relay_cannot_distribute_is_tried_again_and_no_roll
             assert sorted(world.now("relay").actor.newest) == ["a", "b"]
 
     monkeypatch.setattr("weft.actors.sync_pool.PAUSE_S", 0.01)
-    asyncio.run(law())
+    run(law())
 
 
 def test_a_slab_that_a_trainer_cannot_write_for_a_new_relay_holds_up_no_rollout_and_is_tried_again(
@@ -755,7 +787,7 @@ def test_a_slab_that_a_trainer_cannot_write_for_a_new_relay_holds_up_no_rollout_
             assert list(world.now("relay").actor.newest) == ["a"]
 
     monkeypatch.setattr("weft.actors.sync_pool.PAUSE_S", 0.01)
-    asyncio.run(law())
+    run(law())
 
 
 def test_a_slab_that_cannot_be_written_is_tried_again_and_then_is_its_adapters_own_fault(
@@ -777,7 +809,7 @@ def test_a_slab_that_cannot_be_written_is_tried_again_and_then_is_its_adapters_o
             assert (await pools.samplers.rollout(refs[0], 0, 1)).ref == refs[0]
 
     monkeypatch.setattr("weft.actors.sync_pool.PAUSE_S", 0.01)
-    asyncio.run(law())
+    run(law())
 
 
 def test_no_slab_outlives_its_publish_though_relays_die_that_were_to_take_it(tmp_path: Path) -> None:
@@ -803,7 +835,7 @@ def test_no_slab_outlives_its_publish_though_relays_die_that_were_to_take_it(tmp
             await pools.sync.wait_ready()
             assert world.slabs_left() == 0
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_a_sampler_that_does_not_join_a_new_relay_is_restarted_and_then_served_again() -> None:
@@ -819,7 +851,7 @@ def test_a_sampler_that_does_not_join_a_new_relay_is_restarted_and_then_served_a
             assert sorted(world.now("relay").actor.endpoints) == [0, 1]
             assert pools.having(newer) == {0, 1}
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_an_adapter_dropped_while_a_new_relay_is_prepared_is_not_given_to_it() -> None:
@@ -836,7 +868,7 @@ def test_an_adapter_dropped_while_a_new_relay_is_prepared_is_not_given_to_it() -
             assert world.now("relay").actor.newest == {}
             assert all(world.now(f"sampler-{index}").actor.installed == {} for index in range(2))
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_a_publish_overtaken_by_a_new_relay_waits_until_that_knows_the_samplers() -> None:
@@ -856,7 +888,7 @@ def test_a_publish_overtaken_by_a_new_relay_waits_until_that_knows_the_samplers(
                 world.may_join.set()
             assert all(world.now(f"sampler-{index}").actor.installed == {"a": newer} for index in range(2))
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_a_rollout_waits_for_the_first_sampler_that_is_ready() -> None:
@@ -877,7 +909,7 @@ def test_a_rollout_waits_for_the_first_sampler_that_is_ready() -> None:
             assert not pools.sampler_members[0].ready
             world.held_back.clear()
 
-    asyncio.run(law())
+    run(law())
 
 
 @asynccontextmanager
@@ -919,7 +951,7 @@ def test_adapters_that_join_at_once_are_spread_evenly_and_one_that_fails_to_join
                     tasks.create_task(add(name))
             assert [len(world.now(f"trainer-{index}").actor.versions) for index in range(2)] == [3, 3]
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_one_of_two_trainers_dies_only_its_adapters_are_lost_and_all_calls_say_the_same() -> None:
@@ -944,7 +976,7 @@ def test_one_of_two_trainers_dies_only_its_adapters_are_lost_and_all_calls_say_t
             assert await pool.wait_lost("a") not in why
             waiting["b"].cancel()
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_an_adapters_own_fault_passes_through_and_touches_no_other() -> None:
@@ -960,7 +992,7 @@ def test_an_adapters_own_fault_passes_through_and_touches_no_other() -> None:
             await pools.samplers.wait_ready()
             assert world.now("sampler-0").actor.told == ["c"]
 
-    asyncio.run(law())
+    run(law())
 
 
 @pytest.mark.parametrize("kind", ["sampler", "trainer"])
@@ -979,7 +1011,7 @@ def test_an_adapter_that_is_not_made_in_time_fails_alone_and_leaves_its_places(k
             assert (await pools.samplers.rollout(ref, 0, 1)).ref == ref
             assert not any(member.deaths for member in (*pools.sampler_members, pools.trainer_member))
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_an_adapter_made_too_late_is_dropped_from_the_trainer_that_made_it() -> None:
@@ -993,7 +1025,7 @@ def test_an_adapter_made_too_late_is_dropped_from_the_trainer_that_made_it() -> 
             await pools.trainers.drop("a")
             assert trainer.versions == {}
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_an_adapter_that_a_fresh_sampler_is_not_told_of_in_time_fails_there_and_the_sampler_serves_the_others() -> None:
@@ -1013,7 +1045,7 @@ def test_an_adapter_that_a_fresh_sampler_is_not_told_of_in_time_fails_there_and_
                 await pools.samplers.rollout(refs[0], 0, 1)
             world.held_back.clear()
 
-    asyncio.run(law())
+    run(law())
 
 
 @pytest.mark.parametrize("kind", ["relay", "sampler", "trainer"])
@@ -1034,7 +1066,7 @@ def test_an_adapter_leaves_though_a_process_does_not_drop_it_and_the_others_go_o
                 assert world.now(f"sampler-{index}").actor.told == ["b"]
                 assert world.now(f"sampler-{index}").actor.installed == {"b": newer}
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_a_version_that_no_sampler_takes_is_an_install_error_after_a_bounded_number_of_attempts() -> None:
@@ -1049,7 +1081,7 @@ def test_a_version_that_no_sampler_takes_is_an_install_error_after_a_bounded_num
             wanted = [messages.AskCanary(newer, closely=True)] * (ATTEMPTS - 1)
             assert world.asked == wanted, "what was refused is looked at again"
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_a_dropped_adapter_is_forgotten_by_all_three_pools() -> None:
@@ -1066,7 +1098,7 @@ def test_a_dropped_adapter_is_forgotten_by_all_three_pools() -> None:
             await pools.samplers.wait_ready()
             assert world.now("sampler-0").actor.told == ["b"]
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_a_member_that_dies_again_and_again_ends_the_run_and_one_that_never_starts_ends_it_at_once() -> None:
@@ -1086,7 +1118,7 @@ def test_a_member_that_dies_again_and_again_ends_the_run_and_one_that_never_star
 
     for law, kind in ((dies, PeerDiedError), (never_starts, StartError)):
         with pytest.raises(ExceptionGroup) as caught:
-            asyncio.run(law())
+            run(law())
         assert caught.group_contains(kind)
 
 
@@ -1121,8 +1153,8 @@ def test_deaths_long_ago_are_forgotten_but_not_those_of_a_process_that_is_never_
     async def fail() -> None:
         raise RemoteError("it cannot be prepared", "ValueError")
 
-    assert asyncio.run(lives(succeed, often_from=20)) == 20 + 5
-    assert asyncio.run(lives(fail, often_from=20)) == 6
+    assert run(lives(succeed, often_from=20)) == 20 + 5
+    assert run(lives(fail, often_from=20)) == 6
 
 
 def test_statistics_are_of_the_processes_that_answer() -> None:
@@ -1130,7 +1162,7 @@ def test_statistics_are_of_the_processes_that_answer() -> None:
         async with running() as (pools, world):
             assert len(await pools.samplers.statistics()) == 2
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_a_sampler_that_has_lost_its_engine_counts_as_dead_at_once() -> None:
@@ -1146,7 +1178,7 @@ def test_a_sampler_that_has_lost_its_engine_counts_as_dead_at_once() -> None:
             assert [len(world.processes[f"sampler-{index}"]) for index in range(2)] == [2, 2]
             assert (await pools.samplers.rollout(ref, 0, 1)).ref == ref
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_a_broken_connection_counts_as_a_death_before_the_death_is_known() -> None:
@@ -1161,7 +1193,7 @@ def test_a_broken_connection_counts_as_a_death_before_the_death_is_known() -> No
             await pools.samplers.wait_ready()
             assert (await pools.samplers.rollout(ref, 0, 1)).ref == ref
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_a_process_that_is_ended_for_a_reason_died_of_it_whatever_its_requests_say_then() -> None:
@@ -1179,7 +1211,7 @@ def test_a_process_that_is_ended_for_a_reason_died_of_it_whatever_its_requests_s
             assert sorted(task.result() for task in rollouts) == [False, True]
             assert "it did not drop b" in member.last_death
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_a_death_ends_the_requests_of_a_connection_that_looks_whole() -> None:
@@ -1195,7 +1227,7 @@ def test_a_death_ends_the_requests_of_a_connection_that_looks_whole() -> None:
                     world.now(f"sampler-{index}").dead.set()
             assert all(task.result() for task in rollouts)
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_a_sampler_that_comes_while_a_version_is_on_its_way_serves_that_one_or_none() -> None:
@@ -1222,7 +1254,7 @@ def test_a_sampler_that_comes_while_a_version_is_on_its_way_serves_that_one_or_n
             assert pools.having(newer) == {0}
             world.held_back.clear()
 
-    asyncio.run(law())
+    run(law())
 
 
 def test_a_sampler_that_cannot_be_given_a_version_is_restarted_and_one_that_refuses_it_is_not(
@@ -1251,7 +1283,7 @@ def test_a_sampler_that_cannot_be_given_a_version_is_restarted_and_one_that_refu
             assert pools.sampler_members[1 - home].deaths == deaths[1 - home]
 
     monkeypatch.setattr("weft.actors.sync_pool.PAUSE_S", 0.01)
-    asyncio.run(law())
+    run(law())
 
 
 def test_an_adapter_without_places_in_the_engines_is_refused_by_its_own_fault_and_the_others_never_notice() -> None:
@@ -1275,7 +1307,7 @@ def test_an_adapter_without_places_in_the_engines_is_refused_by_its_own_fault_an
             assert await pools.samplers.add(AdapterConfig("i", max_staleness=1), 0) == 7
             assert (await pools.samplers.rollout(ref, 0, 1)).ref == ref
 
-    asyncio.run(law())
+    run(law())
 
 
 async def died(call: Awaitable[Any]) -> bool:
