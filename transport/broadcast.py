@@ -149,6 +149,8 @@ class BroadcastGroup:
         threading.Thread(target=self._look, args=(outcome,), name=f"look-{self._epoch}", daemon=True).start()
         with contextlib.suppress(queue.Empty):
             return outcome.get(timeout=self._deadline_s + _GRACE_S - at_once)
+        if self._is_forming():
+            return RendezvousError(f"group {self._epoch} did not form in {self._deadline_s:g} s")
         return DeadlineError(f"group {self._epoch}: no broadcast within {self._deadline_s:g} s")
 
     def _look(self, outcome: queue.SimpleQueue[BaseException | None]) -> None:
@@ -162,19 +164,22 @@ class BroadcastGroup:
         except RendezvousError as error:
             why = str(error)
         if self._outcome is outcome:
-            forming = self._group is None and not self._left.is_set()  # then the roll call, which looks too, would say the same
-            outcome.put((RendezvousError if forming else PeerDiedError)(f"group {self._epoch}: {why}"))
+            outcome.put((RendezvousError if self._is_forming() else PeerDiedError)(f"group {self._epoch}: {why}"))
+
+    def _is_forming(self) -> bool:
+        """Whoever is the first to see that it will come to nothing says what the others would: RendezvousError."""
+        return self._group is None and not self._left.is_set()
 
     def close(self) -> None:
         """Leave the group. From another thread: ends the broadcast that is under way there with PeerDiedError."""
         self._broken = self._broken or "it was closed"
+        if (outcome := self._outcome) is not None:  # first: the roll call, which hears of it by what follows, has another word
+            outcome.put(PeerDiedError(f"group {self._epoch} was closed during a broadcast"))
         self._left.set()
-        outcome, jobs, groups = self._outcome, self._jobs, [self._group] if self._group is not None else []
+        jobs, groups = self._jobs, [self._group] if self._group is not None else []
         self._group = self._store = None
         if jobs is not None:
             jobs.put(None)
-        if outcome is not None:
-            outcome.put(PeerDiedError(f"group {self._epoch} was closed during a broadcast"))
         if groups:
             threading.Thread(target=_abandon, args=(groups,), name=f"abort-{self._epoch}", daemon=True).start()
 
@@ -186,6 +191,9 @@ class BroadcastGroup:
         while (job := jobs.get()) is not None:
             self._run(*job)
             del job  # a slab is held no longer than it takes
+        groups, self._group = [self._group], None
+        if groups[0] is not None:  # it formed while `close` looked
+            _abandon(groups)
 
     def _run(
         self,
@@ -208,7 +216,8 @@ class BroadcastGroup:
             outcome.put(error)
         except RuntimeError as error:  # torch's only word for a timeout and for a peer's death
             why = f"group {self._epoch}, rank {self._rank} of {self._world_size}: {str(error).partition(chr(10))[0]}"
-            outcome.put(DeadlineError(why) if time.monotonic() >= end else PeerDiedError(why))
+            late = RendezvousError if self._is_forming() else DeadlineError
+            outcome.put(late(why) if time.monotonic() >= end else PeerDiedError(why))
         except BaseException as error:  # noqa: BLE001 this thread has no one else to tell; broadcast() raises it
             outcome.put(error)
 

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -19,11 +20,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from weft.transport import rendezvous
+from weft.transport import broadcast, rendezvous
 from weft.transport.broadcast import BroadcastGroup, RendezvousStore
 from weft.transport.errors import DeadlineError, PeerDiedError, RendezvousError, WeftError
 
-LONG_S = 30.0  # a deadline that nothing here may reach
+LONG_S = 120.0  # a deadline that nothing here may reach, however slowly processes start
 SIZES = (1, 7, 1_000_003)
 
 
@@ -100,15 +101,13 @@ def store() -> RendezvousStore:
 Make = Callable[[], MemberProcess]
 
 
-def formed(
-    store: RendezvousStore | str, epoch: str, members: list[MemberProcess], deadline_s: float = LONG_S
-) -> BroadcastGroup:
+def formed(store: RendezvousStore | str, epoch: str, members: list[MemberProcess]) -> BroadcastGroup:
     """Rank 0 of a group of these, through its first broadcast."""
     size, address = len(members) + 1, store if isinstance(store, str) else store.address
     for rank, process in enumerate(members, 1):
-        process.tell("join", address, epoch, rank, size, deadline_s)
+        process.tell("join", address, epoch, rank, size, LONG_S)
         process.tell("receive", epoch, 1, torch.uint8)
-    root = BroadcastGroup(address, epoch, 0, size, "gloo", deadline_s)
+    root = BroadcastGroup(address, epoch, 0, size, "gloo", LONG_S)
     root.broadcast(torch.tensor([5], dtype=torch.uint8))
     assert [process.hear() for process in members] == [b"\x05"] * len(members)
     return root
@@ -139,31 +138,52 @@ def test_a_tensor_of_any_shape_is_its_bytes_and_an_empty_one_is_nothing(member: 
     process.tell("receive", "1", 0, torch.float32)
     root.broadcast(torch.zeros(0))
     assert process.hear() == b""
+    root.close()
 
 
 def test_a_group_of_one_needs_nobody():
     BroadcastGroup("127.0.0.1:1", "1", 0, 1).broadcast(torch.ones(3))
 
 
-def test_a_member_that_never_comes_is_told_by_the_ranks_that_came(member: Make, store: RendezvousStore):
+def test_a_member_that_never_comes_is_told_by_the_ranks_that_came(member: Make, store: RendezvousStore, monkeypatch):
+    monkeypatch.setattr(broadcast, "_GRACE_S", LONG_S)  # the roll call is the first to say it, however busy the machine
     process = member()
     process.tell("join", store.address, "1", 2, 3, LONG_S)
     process.tell("receive", "1", 1, torch.uint8)
     store._store.wait(["1/came/2"], timedelta(seconds=LONG_S))
-    root = BroadcastGroup(store.address, "1", 0, 3, "gloo", 2.0)
-    started = time.monotonic()
+    root = BroadcastGroup(store.address, "1", 0, 3, "gloo", 5.0)
     with pytest.raises(RendezvousError, match=r"group 1 did not form in .* s: ranks \[0, 2\] of 3 came"):
         root.broadcast(torch.zeros(1, dtype=torch.uint8))
-    assert time.monotonic() - started < 10
     store.dissolve("1")
-    assert type(process.hear()) is RendezvousError  # long before its own deadline
+    error = process.hear()  # long before its own deadline
+    assert type(error) is RendezvousError and "dissolved" in str(error)
+    root.close()
 
 
-def test_a_group_dissolved_while_it_forms_is_a_rendezvous_error_whoever_sees_it_first(store: RendezvousStore, monkeypatch):
-    monkeypatch.setattr(rendezvous, "answer", lambda *words: words[-1].wait(LONG_S))  # a roll call that looks at nothing
+@pytest.fixture
+def blind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A roll call that looks at nothing but whether its member has left."""
+
+    def answer(*words: Any) -> None:
+        words[-1].wait(LONG_S)
+        raise RendezvousError("it has left")
+
+    monkeypatch.setattr(rendezvous, "answer", answer)
+
+
+@pytest.mark.usefixtures("blind")
+def test_a_group_dissolved_while_it_forms_is_a_rendezvous_error_whoever_sees_it_first(store: RendezvousStore):
     group = BroadcastGroup(store.address, "1", 0, 2, "gloo", LONG_S)
     store.dissolve("1")
     with pytest.raises(RendezvousError, match="group 1: it was dissolved"):
+        group.broadcast(torch.zeros(1))
+    group.close()
+
+
+@pytest.mark.usefixtures("blind")
+def test_a_group_that_does_not_form_in_time_is_a_rendezvous_error_whoever_sees_it_first(store: RendezvousStore):
+    group = BroadcastGroup(store.address, "1", 0, 2, "gloo", 0.1)
+    with pytest.raises(RendezvousError, match="group 1 did not form in 0.1 s"):
         group.broadcast(torch.zeros(1))
     group.close()
 
@@ -185,7 +205,7 @@ def test_kill_9_in_the_middle_is_an_error_within_the_deadline_and_a_new_epoch_wo
     survivors = [members[0], members[2]]
     for process in survivors:
         process.hear()
-    formed(store, "2", [*survivors, member()])
+    formed(store, "2", [*survivors, member()]).close()
 
 
 def test_who_waits_in_a_broadcast_hears_that_the_group_is_dissolved(member: Make, store: RendezvousStore):
@@ -212,13 +232,15 @@ def test_who_waits_in_a_broadcast_hears_that_the_stores_host_is_gone(member: Mak
 
 def test_a_member_that_falls_silent_ends_the_broadcast_by_the_deadline(member: Make, store: RendezvousStore):
     process = member()
-    root = formed(store, "1", [process], deadline_s=2.0)
+    root = formed(store, "1", [process])
+    root._deadline_s = 2.0  # of each broadcast from now on: it is not for how long processes start
     os.kill(process._process.pid, signal.SIGSTOP)
     started = time.monotonic()
     with pytest.raises((DeadlineError, PeerDiedError)):
-        for _ in range(100):
+        for _ in range(100):  # the kernel may take the first ones for it
             root.broadcast(torch.zeros(10_000_019, dtype=torch.uint8))
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < LONG_S / 2
+    root.close()
 
 
 def test_who_leaves_a_group_waits_for_no_silent_member(member: Make, store: RendezvousStore):
@@ -231,18 +253,49 @@ def test_who_leaves_a_group_waits_for_no_silent_member(member: Make, store: Rend
             root.broadcast(torch.zeros(10_000_019, dtype=torch.uint8))
     started = time.monotonic()
     root.close()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < LONG_S / 2
 
 
-def test_close_from_another_thread_ends_the_wait(store: RendezvousStore):
-    root = BroadcastGroup(store.address, "1", 0, 2, "gloo", LONG_S)
-    timer = threading.Timer(0.1, root.close)
-    timer.start()
-    started = time.monotonic()
-    with pytest.raises(PeerDiedError, match="group 1 was closed during a broadcast"):
-        root.broadcast(torch.zeros(1))
-    assert time.monotonic() - started < 5
-    timer.join()
+def test_close_from_another_thread_ends_the_wait_and_nothing_else_has_the_first_word(store: RendezvousStore):
+    root, ended = BroadcastGroup(store.address, "1", 0, 2, "gloo", LONG_S), threading.Event()
+
+    class Left(threading.Event):
+        """Whoever closes is held up here, and whoever looks for this has all the time to say what it makes of it."""
+
+        def set(self) -> None:
+            super().set()
+            ended.wait(LONG_S)
+
+    def close_meanwhile() -> None:
+        store._store.wait(["1/came/0"], timedelta(seconds=LONG_S))
+        root.close()
+
+    root._left = Left()
+    with ThreadPoolExecutor(1) as others:
+        closing = others.submit(close_meanwhile)
+        with pytest.raises(PeerDiedError, match="group 1 was closed during a broadcast"):
+            root.broadcast(torch.zeros(1))
+        ended.set()
+        closing.result()
+
+
+def test_a_group_that_forms_as_it_is_closed_is_left_too(member: Make, store: RendezvousStore, monkeypatch):
+    """Those that wait in it hear that; and letting go of it, whenever that is, waits for nobody."""
+    process, form = member(), BroadcastGroup._form
+    process.tell("join", store.address, "1", 1, 2, LONG_S)
+    process.tell("receive", "1", 1, torch.uint8)
+    group = BroadcastGroup(store.address, "1", 0, 2, "gloo", LONG_S)
+
+    def form_as_it_is_closed(self: BroadcastGroup, end: float) -> Any:
+        made = form(self, end)
+        self.close()
+        return made
+
+    monkeypatch.setattr(BroadcastGroup, "_form", form_as_it_is_closed)
+    with pytest.raises(PeerDiedError, match="group 1"):
+        group.broadcast(torch.zeros(1, dtype=torch.uint8))
+    error = process.hear()  # long before its own deadline
+    assert type(error) is PeerDiedError, error
 
 
 @pytest.mark.parametrize("formed_before", [False, True])
@@ -259,30 +312,30 @@ def test_a_close_just_as_a_broadcast_begins_ends_it_at_once(member: Make, store:
         return now()
 
     monkeypatch.setattr(time, "monotonic", close_meanwhile)
-    started = now()
-    with pytest.raises(PeerDiedError, match="group 1"):
+    with pytest.raises(PeerDiedError, match="group 1"):  # at its deadline it would be another
         root.broadcast(torch.zeros(1))
-    assert now() - started < 5
 
 
 def test_a_store_that_is_not_there_is_a_rendezvous_error_at_once():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        address = f"127.0.0.1:{listener.getsockname()[1]}"
-    started = time.monotonic()
-    with pytest.raises(RendezvousError, match=f"no rendezvous store at {address}"):
-        BroadcastGroup(address, "1", 0, 2, "gloo", LONG_S).broadcast(torch.zeros(1))
-    assert time.monotonic() - started < 5
+    with socket.socket() as taken:  # and nobody listens there
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        started = time.monotonic()
+        with pytest.raises(RendezvousError, match=f"no rendezvous store at {address}"):
+            BroadcastGroup(address, "1", 0, 2, "gloo", LONG_S).broadcast(torch.zeros(1))
+        assert time.monotonic() - started < LONG_S / 2
 
 
 def test_the_default_group_of_the_process_is_left_alone(member: Make, store: RendezvousStore):
     process = member()
     process.tell("default-group")
     assert process.hear() == "gloo"
+    before = dist.is_initialized()
     root = formed(store, "1", [process])
     root.close()
     process.tell("reduce")
     assert process.hear() == 1.0
-    assert not dist.is_initialized()
+    assert dist.is_initialized() == before
 
 
 def test_a_groups_own_stream_waits_for_what_the_callers_has_queued(store: RendezvousStore, monkeypatch: pytest.MonkeyPatch):
