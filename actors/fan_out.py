@@ -315,8 +315,8 @@ class FanOut:
     def _end(self, group: _Group) -> None:
         if self._groups.get(group.peers) is group:
             del self._groups[group.peers]
+            group.link.close()  # first: what sees it dissolved says that it did not form, for which NCCL would be to blame
             self._store.dissolve(group.epoch)
-            group.link.close()
 
     def _receive(self, handle: SlabHandle, group: _Group, sequence: int, peer: Peer) -> Receive:
         return Receive(

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Awaitable, Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -16,9 +17,10 @@ from weft.actors.fan_out import FanOut, Peer
 from weft.configs.schema import SyncConfig
 from weft.transport import memory, messages
 from weft.transport.broadcast import BroadcastGroup
-from weft.transport.errors import RendezvousError
+from weft.transport.errors import RendezvousError, WeftError
 from weft.transport.messages import AdapterRef, Done, SlabHandle
 
+LONG_S = 120.0  # a deadline that nothing here may reach
 SLAB = torch.arange(200, dtype=torch.uint8)
 HANDLE, OTHER, THIRD = (SlabHandle(AdapterRef(name, 0, 1), len(SLAB), "float32", 1, 1.0, (), 0.0, 0.0) for name in "abc")
 
@@ -37,13 +39,14 @@ class Unmet:
 
 
 class PlainSampler:
-    """Takes part in what is broadcast over gloo, and keeps it."""
+    """Takes part, over gloo, in what is broadcast over `comes_over`, and keeps it."""
 
     def __init__(self, tasks: asyncio.TaskGroup) -> None:
+        self.comes_over = {"gloo"}
         self.backends: list[str] = []
         self.installed: torch.Tensor | None = None
         self._tasks = tasks
-        self._coming: asyncio.Task[torch.Tensor] | None = None
+        self._coming: asyncio.Task[torch.Tensor | None] | None = None
         self._links: dict[str, BroadcastGroup] = {}
 
     def leave(self) -> None:
@@ -54,19 +57,23 @@ class PlainSampler:
         match message:
             case messages.Receive(backend=backend):
                 self.backends.append(backend)
-                if backend == "gloo":
+                if backend in self.comes_over:
                     self._coming = self._tasks.create_task(asyncio.to_thread(self._receive, message))
             case messages.Install():
                 assert self._coming is not None
                 self.installed = await self._coming
         return Done()
 
-    def _receive(self, message: messages.Receive) -> torch.Tensor:
+    def _receive(self, message: messages.Receive) -> torch.Tensor | None:
+        """None when its group has come to nothing."""
         slab = torch.empty(message.handle.nbytes, dtype=torch.uint8)
-        group = (message.store, message.epoch, message.rank, message.world_size, message.backend, 20.0)
+        group = (message.store, message.epoch, message.rank, message.world_size, "gloo", LONG_S)
         if message.epoch not in self._links:
             self._links[message.epoch] = BroadcastGroup(*group)
-        self._links[message.epoch].broadcast(slab)
+        try:
+            self._links[message.epoch].broadcast(slab)
+        except WeftError:
+            return None
         return slab
 
 
@@ -85,13 +92,13 @@ def run(backend: str, law: Callable[..., Awaitable[None]], samplers: int = 1) ->
     """law: takes the FanOut, then a Peer of each sampler, then each PlainSampler."""
 
     async def bounded() -> None:
-        async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
+        async with asyncio.timeout(2 * LONG_S), asyncio.TaskGroup() as tasks:
             plain = [PlainSampler(tasks) for _ in range(samplers)]
             servers = [memory.Server(sampler.handle) for sampler in plain]
             endpoints = [await server.start() for server in servers]
             serving = [tasks.create_task(server.serve()) for server in servers]
             peers = [Peer(index, endpoint, memory.Client(endpoint)) for index, endpoint in enumerate(endpoints)]
-            fan = FanOut(SyncConfig(backend=backend, deadline_s=20.0), "127.0.0.1")
+            fan = FanOut(SyncConfig(backend=backend, deadline_s=LONG_S), "127.0.0.1")
             try:
                 await law(fan, *peers, *plain)
             finally:
@@ -112,13 +119,13 @@ def test_a_group_that_has_a_slab_under_way_makes_way_for_none(monkeypatch: pytes
 
         def slab() -> torch.Tensor:
             asked.set()
-            assert may_go.wait(20)
+            assert may_go.wait(LONG_S)
             return SLAB
 
         await fan.send(HANDLE, lambda: SLAB, [one])
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(fan.send(OTHER, slab, [one]))
-            await asyncio.to_thread(asked.wait, 20)
+            await asyncio.to_thread(asked.wait, LONG_S)
             sending = tasks.create_task(fan.send(HANDLE, lambda: SLAB, [other]))
             while not second.backends:  # noqa: ASYNC110  until its group is formed, of which the relay tells nobody
                 await asyncio.sleep(0)
@@ -138,17 +145,17 @@ def test_while_a_group_forms_no_slab_is_announced_in_another() -> None:
 
         def slab() -> torch.Tensor:
             asked.set()
-            assert may_go.wait(20)
+            assert may_go.wait(LONG_S)
             return SLAB
 
         await fan.send(HANDLE, lambda: SLAB, [one])
         async with asyncio.TaskGroup() as tasks:
             forming = tasks.create_task(fan.send(OTHER, slab, [one, other]))
-            await asyncio.to_thread(asked.wait, 20)
+            await asyncio.to_thread(asked.wait, LONG_S)
             later = tasks.create_task(fan.send(THIRD, lambda: SLAB, [one]))
             while not second.backends:  # noqa: ASYNC110  until it has been told of the new group
                 await asyncio.sleep(0)
-            await one.client.request(messages.GetStatistics(), 20)  # what went to `first` before has come
+            await one.client.request(messages.GetStatistics(), LONG_S)  # what went to `first` before has come
             assert first.backends == ["gloo"] * 2  # the first slab, and the new group's
             may_go.set()
             await forming
@@ -171,6 +178,48 @@ def test_where_it_is_allowed_the_slab_goes_through_the_host_and_that_is_said(cap
         run("nccl-or-gloo", law)
     assert "through the host (gloo) from now on" in caplog.text
     assert "ranks [0] of 2 came" in caplog.text
+
+
+def test_a_sampler_that_leaves_while_its_group_forms_is_no_fault_of_nccls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is the first to see that the group has ended: what is tried again is tried over NCCL."""
+    ended = threading.Event()
+
+    class Formed(BroadcastGroup):
+        """A group over gloo in the place of one over NCCL."""
+
+        def __init__(self, store: str, epoch: str, rank: int, world_size: int, backend: str, deadline_s: float) -> None:
+            super().__init__(store, epoch, rank, world_size, "gloo", deadline_s)
+
+        def broadcast(self, tensor: torch.Tensor) -> None:
+            try:
+                super().broadcast(tensor)
+            finally:
+                ended.set()
+
+    async def law(fan: FanOut, stays: Peer, goes: Peer, here: PlainSampler, gone: PlainSampler) -> None:
+        dissolve = fan._store.dissolve
+
+        def dissolved_and_seen(epoch: str) -> None:
+            dissolve(epoch)
+            assert ended.wait(LONG_S)
+
+        monkeypatch.setattr(fan._store, "dissolve", dissolved_and_seen)
+        here.comes_over.add("nccl")
+        async with asyncio.TaskGroup() as tasks:
+            sending = tasks.create_task(fan.send(HANDLE, lambda: SLAB, [stays, goes]))
+            came = [f"{fan._run}-1/came/{rank}" for rank in (0, 1)]
+            await asyncio.to_thread(fan._store._store.wait, came, timedelta(seconds=LONG_S))
+            goes.leave()
+            fan.dissolve(lambda peer: peer is goes)
+            await sending
+        assert here.installed is not None and torch.equal(here.installed, SLAB)
+        assert (here.backends, gone.backends) == (["nccl"] * 2, ["nccl"])
+        assert fan.backend == "nccl" and not fan.notice
+
+    monkeypatch.setattr(fan_out, "check_backend", lambda backend: None)  # there is no GPU here
+    monkeypatch.setattr(fan_out, "BroadcastGroup", Formed)
+    monkeypatch.setattr(FanOut, "_placed", lambda self, slab: slab)
+    run("nccl-or-gloo", law, samplers=2)
 
 
 @pytest.mark.usefixtures("nccl_that_never_forms")
