@@ -11,6 +11,8 @@ import pytest
 from weft.transport.errors import RendezvousError
 from weft.transport.rendezvous import answer, dissolve, split_address
 
+LONG_S = 100.0  # a deadline that nothing here may reach
+
 
 class DictStore:
     """A key store in memory; `gone`: as torch's is when its host has died."""
@@ -36,7 +38,7 @@ def test_everybody_goes_on_when_the_last_has_come():
     store, order = DictStore(), []
 
     def member(rank: int) -> None:
-        answer(store, "1", rank, 8, 20)
+        answer(store, "1", rank, 8, LONG_S)
         order.append(rank)
 
     with ThreadPoolExecutor(8) as threads:
@@ -56,7 +58,7 @@ def test_a_member_that_never_comes_is_named_by_who_came_within_the_deadline():
     started = time.monotonic()
     with pytest.raises(RendezvousError, match=r"group 1 did not form in 0.2 s: ranks \[0, 2\] of 4 came"):
         answer(store, "1", 0, 4, 0.2)
-    assert 0.2 <= time.monotonic() - started < 5
+    assert 0.2 <= time.monotonic() - started < LONG_S
 
 
 def test_dissolving_ends_those_that_wait_and_those_that_come_late():
@@ -64,12 +66,12 @@ def test_dissolving_ends_those_that_wait_and_those_that_come_late():
     timer = threading.Timer(0.05, dissolve, (store, "1"))
     timer.start()
     with pytest.raises(RendezvousError, match="group 1 was dissolved while rank 1 waited"):
-        answer(store, "1", 1, 3, 20)
+        answer(store, "1", 1, 3, LONG_S)
     answers = [f"1/came/{rank}" for rank in (0, 2)]
     for key in answers:
         store.set(key, "1")
     with pytest.raises(RendezvousError, match="group 1 is dissolved: rank 1 came too late"):
-        answer(store, "1", 1, 3, 20)
+        answer(store, "1", 1, 3, LONG_S)
     timer.join()
 
 
@@ -77,7 +79,7 @@ def test_a_member_that_leaves_waits_no_more():
     left = threading.Event()
     left.set()
     with pytest.raises(RendezvousError, match="rank 0 left group 1 before it formed"):
-        answer(DictStore(), "1", 0, 2, 20, left)
+        answer(DictStore(), "1", 0, 2, LONG_S, left)
 
 
 def test_epochs_do_not_hear_each_other():
@@ -91,7 +93,7 @@ def test_a_store_that_is_gone_is_a_rendezvous_error_of_one_line():
     store = DictStore()
     store.gone = True
     with pytest.raises(RendezvousError, match="the rendezvous store of group 1 is gone: Connection reset by peer$"):
-        answer(store, "1", 0, 2, 20)
+        answer(store, "1", 0, 2, LONG_S)
 
 
 @pytest.mark.parametrize(("address", "parts"), [("127.0.0.1:80", ("127.0.0.1", 80)), ("::1:65535", ("::1", 65535))])

@@ -27,6 +27,8 @@ from weft.transport.errors import (
 from weft.transport.messages import AdapterRef, Done, Install, Retire, SlabHandle
 from weft.transport.session import ENVELOPE, Kind, seal
 
+LONG_S = 100.0  # a deadline that nothing here may reach
+
 
 def install(version: int) -> Install:
     return Install(AdapterRef("a", 0, version))
@@ -54,10 +56,16 @@ class Gate:
         return message
 
 
+def expire(client: Any) -> None:
+    """The deadline of the one request in flight passes now."""
+    (number,) = client._caller._pending
+    client._caller._expire(number, "Done", LONG_S)
+
+
 def test_a_reply_is_what_the_handler_returned(wire: Any):
     async def scenario() -> None:
         async with wire.pair(echo) as (server, client):
-            assert await client.request(install(3), 5) == install(3)
+            assert await client.request(install(3), LONG_S) == install(3)
             assert client.statistics().replies == server.statistics().replies == 1
 
     wire.run(scenario)
@@ -71,7 +79,7 @@ def test_thousands_of_concurrent_requests_keep_their_replies_apart(wire: Any):
 
     async def scenario() -> None:
         async with wire.pair(shuffled) as (server, client):
-            replies = await asyncio.gather(*(client.request(install(number), 20) for number in range(3000)))
+            replies = await asyncio.gather(*(client.request(install(number), LONG_S) for number in range(3000)))
             assert [reply.ref.version for reply in replies] == list(range(3000))
             assert (client.statistics().in_flight, server.statistics().in_flight) == (0, 0)
 
@@ -89,7 +97,7 @@ def test_handlers_of_one_client_start_in_the_order_of_its_requests(wire: Any):
 
         async with wire.pair(note) as (_, client), asyncio.TaskGroup() as tasks:
             for number in range(200):
-                tasks.create_task(client.request(install(number), 5))
+                tasks.create_task(client.request(install(number), LONG_S))
         assert seen == list(range(200))
 
     wire.run(scenario)
@@ -101,7 +109,7 @@ def test_large_arrays_arrive_to_the_bit(wire: Any):
         message = SlabHandle(AdapterRef("a", 0, 0), data.nbytes, "bfloat16", 8, 2.0, (), 0.0, 0.0, data=data)
         async with wire.pair(echo) as (_, client):
             for part in (data, data[: channel.CHUNK_BYTES], data[: channel.CHUNK_BYTES + 1], data[:0]):
-                reply = await client.request(replace(message, data=part), 20)
+                reply = await client.request(replace(message, data=part), LONG_S)
                 assert np.array_equal(reply.data, part)
                 reply.data[:] = 0  # nobody else's
         assert data.any()
@@ -133,7 +141,7 @@ def test_what_a_handler_raises_is_raised_at_its_caller_alone(wire: Any, raised: 
     async def scenario() -> None:
         async with wire.pair(fail) as (server, client):
             bad, good = await asyncio.gather(
-                client.request(install(0), 5), client.request(install(1), 5), return_exceptions=True
+                client.request(install(0), LONG_S), client.request(install(1), LONG_S), return_exceptions=True
             )
             assert good == Done()
             assert type(bad) is arrives
@@ -155,7 +163,7 @@ def test_a_reply_that_is_no_message_is_the_handlers_failure(wire: Any):
     async def scenario() -> None:
         async with wire.pair(none) as (_, client):
             with pytest.raises(RemoteError, match="NoneType is no message"):
-                await client.request(Done(), 5)
+                await client.request(Done(), LONG_S)
 
     wire.run(scenario)
 
@@ -170,7 +178,7 @@ def test_cancelling_a_request_cancels_its_handler(wire: Any):
                 asking.cancel()
             await gate.cancelled.wait()
             gate.opened.set()
-            assert await client.request(Done(), 5) == Done()
+            assert await client.request(Done(), LONG_S) == Done()
             assert server.statistics().cancelled == 1
             assert server.statistics().in_flight == 0
 
@@ -180,11 +188,17 @@ def test_cancelling_a_request_cancels_its_handler(wire: Any):
 def test_a_deadline_ends_the_request_and_cancels_its_handler(wire: Any):
     async def scenario() -> None:
         gate = Gate()
-        async with wire.pair(gate) as (_, client):
+
+        async def handle(message: object) -> object:
+            return await gate(message) if isinstance(message, Done) else message
+
+        async with wire.pair(handle) as (server, client):
             with pytest.raises(DeadlineError, match=r"no reply to Done from .* within 0.05 s"):
                 await client.request(Done(), 0.05)
-            await gate.cancelled.wait()
             assert client.statistics().in_flight == 0
+            assert await client.request(install(1), LONG_S) == install(1)  # is served after what came before
+            assert gate.cancelled.is_set() == gate.entered.is_set(), "it may have been cancelled before it began"
+            assert (server.statistics().cancelled, server.statistics().in_flight) == (1, 0)
 
     wire.run(scenario)
 
@@ -199,11 +213,13 @@ def test_a_reply_after_its_deadline_is_counted_and_dropped(wire: Any):
             return message
 
         async with wire.pair(stubborn) as (server, client):
-            with pytest.raises(DeadlineError):
-                await client.request(Done(), 0.05)
+            asking = asyncio.gather(client.request(Done(), LONG_S), return_exceptions=True)
+            await gate.entered.wait()
+            expire(client)
+            assert [type(error) for error in await asking] == [DeadlineError]
             await gate.cancelled.wait()
             gate.opened.set()
-            assert await client.request(install(1), 5) == install(1)
+            assert await client.request(install(1), LONG_S) == install(1)
             assert (server.statistics().cancelled, server.statistics().in_flight) == (1, 0)
 
     wire.run(scenario)
@@ -214,13 +230,13 @@ def test_a_client_admits_no_more_than_its_bound(wire: Any):
         gate = Gate()
         async with wire.pair(gate) as (_, opened), asyncio.TaskGroup() as tasks:
             client = wire.module.Client(opened._endpoint, max_in_flight=2)
-            asking = [tasks.create_task(client.request(install(number), 5)) for number in range(2)]
+            asking = [tasks.create_task(client.request(install(number), LONG_S)) for number in range(2)]
             await gate.entered.wait()
             with pytest.raises(BusyError, match="2 requests to .* are in flight"):
-                await client.request(Done(), 5)
+                await client.request(Done(), LONG_S)
             gate.opened.set()
             await asyncio.gather(*asking)
-            assert await client.request(Done(), 5) == Done()
+            assert await client.request(Done(), LONG_S) == Done()
             await client.aclose()
 
     wire.run(scenario)
@@ -230,10 +246,10 @@ def test_a_server_admits_no_more_than_its_bound(wire: Any):
     async def scenario() -> None:
         gate = Gate()
         async with wire.pair(gate, max_in_flight=3) as (server, client), asyncio.TaskGroup() as tasks:
-            asking = [tasks.create_task(client.request(install(number), 5)) for number in range(3)]
+            asking = [tasks.create_task(client.request(install(number), LONG_S)) for number in range(3)]
             await gate.entered.wait()
             with pytest.raises(BusyError, match="3 requests are in flight"):
-                await client.request(Done(), 5)
+                await client.request(Done(), LONG_S)
             gate.opened.set()
             await asyncio.gather(*asking)
             assert server.statistics().refused == 1
@@ -255,7 +271,7 @@ def test_fail_ends_every_pending_and_every_later_request(wire: Any):
             await lost
             await client.wait_lost()
             with pytest.raises(PeerDiedError, match="sampler-0 died"):
-                await client.request(Done(), 5)
+                await client.request(Done(), LONG_S)
 
     wire.run(scenario)
 
@@ -284,7 +300,7 @@ def test_a_handler_may_close_its_own_server(wire: Any):
             return Done()
 
         async with wire.pair(close) as (server, client):
-            assert await client.request(Done(), 5) == Done()
+            assert await client.request(Done(), LONG_S) == Done()
 
     wire.run(scenario)
 
@@ -294,7 +310,7 @@ def test_requests_that_come_before_serve_are_served(wire: Any):
         server = wire.module.Server(echo)
         client = wire.module.Client(await server.start())
         async with asyncio.TaskGroup() as tasks:
-            asking = tasks.create_task(client.request(install(1), 5))
+            asking = tasks.create_task(client.request(install(1), LONG_S))
             await asyncio.sleep(0.01)
             serving = tasks.create_task(server.serve())
             assert await asking == install(1)
@@ -308,10 +324,10 @@ def test_requests_that_come_before_serve_are_served(wire: Any):
 def test_a_closed_client_refuses(wire: Any):
     async def scenario() -> None:
         async with wire.pair(echo) as (_, client):
-            await client.request(Done(), 5)
+            await client.request(Done(), LONG_S)
             await client.aclose()
             with pytest.raises(TransportError, match="this side has closed"):
-                await client.request(Done(), 5)
+                await client.request(Done(), LONG_S)
 
     wire.run(scenario)
 
@@ -354,7 +370,7 @@ def test_garbage_is_counted_and_neither_ends_the_server_nor_answers_others(wire:
                 [seal(Kind.REQUEST, 6)[0] + b"\x00\x00\x00\x09", *good],
                 [],
             ):
-                await client.request(Done(), 5)  # connected
+                await client.request(Done(), LONG_S)  # connected
                 if client.__class__ is channel.Client:
                     client._wire.send(frames or [b"short"])
                 else:
@@ -363,7 +379,7 @@ def test_garbage_is_counted_and_neither_ends_the_server_nor_answers_others(wire:
             client._send(seal(Kind.REQUEST, 900, [b"\xc1"]))
             with pytest.raises(CodecError):
                 await client._caller._pending[900]
-            assert await client.request(install(2), 5) == install(2)
+            assert await client.request(install(2), LONG_S) == install(2)
             assert server.statistics().bad >= 6
             assert client.statistics().bad == 0
 
