@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from weft.actors import environment_thread
 from weft.actors.base_model import tiny_path
 from weft.actors.environment import Environment, Prompt, Reply
 from weft.actors.environment_thread import EnvironmentThread
@@ -19,6 +20,7 @@ from weft.actors.episode import Bounds, Chat, Turn, run_episode
 from weft.transport.errors import AdapterFault
 from weft.transport.messages import AdapterRef, Sample
 
+LONG_S = 120.0  # a deadline that nothing here may reach
 PROMPT = Prompt([{"role": "user", "content": "2 + 2?"}])
 
 
@@ -49,7 +51,7 @@ async def prompt_of(environment: EnvironmentThread) -> Prompt:
     return await environment.run("its environment's prompt", ask)
 
 
-async def play(environment: EnvironmentThread, reply_s: float = 60.0) -> Sample:
+async def play(environment: EnvironmentThread, reply_s: float = LONG_S) -> Sample:
     tokenizer = AutoTokenizer.from_pretrained(tiny_path())
 
     async def generate(tokens: Any, ref: AdapterRef, room: int, seed: int) -> Turn:
@@ -82,7 +84,7 @@ def computes(released: threading.Event) -> None:
 def test_a_task_that_never_gives_way_ends_by_its_deadline_while_the_others_go_on(way: Any, released: threading.Event) -> None:
     async def law() -> None:
         stuck, lively = EnvironmentThread("stuck", Task(lambda: way(released))), EnvironmentThread("lively", Task())
-        async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
+        async with asyncio.timeout(LONG_S), asyncio.TaskGroup() as tasks:
             waiting = tasks.create_task(fault_of(play(stuck, reply_s=1.0)))
             for _ in range(3):
                 assert (await play(lively)).reward == 1.0
@@ -98,11 +100,13 @@ def test_a_task_that_never_gives_way_ends_by_its_deadline_while_the_others_go_on
 def test_a_prompt_that_does_not_come_is_waited_for_beside_the_others(released: threading.Event) -> None:
     async def law() -> None:
         stuck, lively = EnvironmentThread("stuck", Task(lambda: blocks(released))), EnvironmentThread("lively", Task())
-        async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
+        async with asyncio.timeout(LONG_S), asyncio.TaskGroup() as tasks:
             waiting = tasks.create_task(prompt_of(stuck))
             assert await prompt_of(lively) == PROMPT
             released.set()
             assert await waiting == PROMPT
+        stuck.close()
+        lively.close()
 
     asyncio.run(law())
 
@@ -155,7 +159,7 @@ def test_a_closed_one_leaves_no_thread() -> None:
         await prompt_of(environment)
         thread = thread_of("closed")
         environment.close()
-        await asyncio.to_thread(thread.join, 10)
+        await asyncio.to_thread(thread.join, LONG_S)
         assert not thread.is_alive()
         environment.close()
 
@@ -168,10 +172,14 @@ def thread_of(name: str) -> threading.Thread:
 
 
 @pytest.mark.parametrize("given_up", [False, True])
-def test_closing_lets_what_is_under_way_end_in_order_and_whoever_waits_learns_at_once(given_up: bool) -> None:
+def test_closing_lets_what_is_under_way_end_in_order_and_whoever_waits_learns_at_once(
+    given_up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment_thread, "ENDING_S", LONG_S)
+
     async def law() -> None:
         environment, told = EnvironmentThread("leaving", Task()), list[str]()
-        begun, ending = threading.Event(), threading.Event()
+        begun, ending, closed = threading.Event(), threading.Event(), threading.Event()
 
         async def beside() -> None:
             try:
@@ -187,12 +195,14 @@ def test_closing_lets_what_is_under_way_end_in_order_and_whoever_waits_learns_at
                 await asyncio.Event().wait()
             finally:
                 ending.set()
+                while not closed.is_set():  # noqa: ASYNC110  what tells of it is no event of this loop
+                    await asyncio.sleep(0)
                 for step in range(20):
                     told.append(f"step {step}")
                     await asyncio.sleep(0.001)
                 told.append(f"{sum(one.done() for one in own)} beside it")
 
-        async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
+        async with asyncio.timeout(LONG_S), asyncio.TaskGroup() as tasks:
             waiting = tasks.create_task(fault_of(environment.run("its environment's respond", call)))
             await asyncio.to_thread(begun.wait)
             thread = thread_of("leaving")
@@ -200,6 +210,7 @@ def test_closing_lets_what_is_under_way_end_in_order_and_whoever_waits_learns_at
                 waiting.cancel()
                 await asyncio.to_thread(ending.wait)
             environment.close()
+            closed.set()
             assert given_up or "its environment's respond" in str(await waiting)
             await asyncio.to_thread(thread.join)
         assert told == [*(f"step {step}" for step in range(20)), "2 beside it"]
@@ -218,7 +229,11 @@ async def stuck(released: threading.Event) -> None:
 
 
 @pytest.mark.parametrize("way", [heedless, stuck])
-def test_who_waits_for_a_task_that_heeds_no_close_learns_at_once_too(way: Any, released: threading.Event) -> None:
+def test_who_waits_for_a_task_that_heeds_no_close_learns_at_once_too(
+    way: Any, released: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment_thread, "ENDING_S", LONG_S)
+
     async def law() -> None:
         environment, begun = EnvironmentThread("heedless", Task()), threading.Event()
 
@@ -226,25 +241,43 @@ def test_who_waits_for_a_task_that_heeds_no_close_learns_at_once_too(way: Any, r
             begun.set()
             await way(released)
 
-        async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
+        async with asyncio.timeout(LONG_S), asyncio.TaskGroup() as tasks:
             waiting = tasks.create_task(fault_of(environment.run("its environment's respond", call)))
             await asyncio.to_thread(begun.wait)
             thread = thread_of("heedless")
             environment.close()
             await waiting
             assert thread.is_alive()
-            if way is stuck:
-                released.set()
-            await asyncio.to_thread(thread.join)  # a heedless one has its second, and no more
+            released.set()
+            await asyncio.to_thread(thread.join)
+
+    asyncio.run(law())
+
+
+def test_a_task_that_heeds_no_close_has_its_second_and_no_more(released: threading.Event) -> None:
+    async def law() -> None:
+        environment, begun = EnvironmentThread("endless", Task()), threading.Event()
+
+        async def call(task: Environment) -> None:
+            begun.set()
+            await heedless(released)
+
+        async with asyncio.timeout(LONG_S), asyncio.TaskGroup() as tasks:
+            waiting = tasks.create_task(fault_of(environment.run("its environment's respond", call)))
+            await asyncio.to_thread(begun.wait)
+            thread = thread_of("endless")
+            environment.close()
+            await waiting
+            await asyncio.to_thread(thread.join)
 
     asyncio.run(law())
 
 
 def test_a_closed_one_refuses_at_once() -> None:
     async def law() -> None:
-        environment = EnvironmentThread("closed", Task())
+        environment = EnvironmentThread("refusing", Task())
         environment.close()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(LONG_S):
             assert "closed" in str(await fault_of(prompt_of(environment)))
 
     asyncio.run(law())
