@@ -22,6 +22,7 @@ class Prompt:
     messages: Sequence[ChatMessage]
     tools: Sequence[Mapping[str, Any]] = ()  # JSON schemas, handed to the chat template
     answer: Any = None
+    chat_template_kwargs: Mapping[str, Any] | None = None  # what else the chat template reads: {"enable_thinking": False}
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,17 @@
 
 The model's own tokens are never tokenised again: what is trained is what was sampled. Messages of the environment are
 appended as the chat template would render them after an assistant turn, so on a ChatML template the whole sequence
-equals a fresh rendering of the conversation.
+equals a fresh rendering of the conversation. A template that shows earlier turns otherwise than they were (without their
+thoughts, say, as those of hybrid models do) changes none of them here; the prompt's chat_template_kwargs are given to it each
+time.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -65,6 +69,8 @@ class Chat:
 
     def __init__(self, tokenizer: Any, max_length: int | None = None) -> None:
         self._tokenizer = tokenizer
+        # What rendering itself hands over or is told by; documents are the template's alone, and go through as they are.
+        self._taken = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters} - {"documents"}
         # A token stands for no more characters than its own name has, where a byte is a character of the name or more.
         self._most = None if max_length is None else (max_length + 1) * max(map(len, tokenizer.get_vocab()))
         self._encode("")  # the first call may set the tokenizer up; from then on it is only read
@@ -86,16 +92,38 @@ class Chat:
         delta = rendered[found + len(_SENTINEL) :]
         return self._encode(delta.removeprefix(self._tokenizer.decode([last_token], skip_special_tokens=False)))
 
-    def turn_end(self) -> int | None:
-        """The token that the template puts behind an assistant's words; None where that is no token added to the vocabulary."""
+    def turn_end(self, prompt: Prompt) -> int | None:
+        """The token that the template, as this prompt has it rendered, puts behind an assistant's words; None where that is no
+        token added to the vocabulary."""
         said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SENTINEL}]
-        rendered = str(self._tokenizer.apply_chat_template(said, tokenize=False))
+        rendered = self._render(prompt, said, begin=False)
         tokens = self._encode(rendered.rpartition(_SENTINEL)[2]) if _SENTINEL in rendered else []
         return tokens[0] if tokens and tokens[0] in self._tokenizer.added_tokens_decoder else None
 
-    def _render(self, prompt: Prompt, messages: Sequence[ChatMessage]) -> str:
-        tools = list(prompt.tools) or None
-        return str(self._tokenizer.apply_chat_template(list(messages), tools=tools, add_generation_prompt=True, tokenize=False))
+    def unread(self, prompt: Prompt) -> list[str]:
+        """The arguments of a prompt that the template nowhere names: they change nothing."""
+        template = self._tokenizer.get_chat_template(tools=list(prompt.tools) or None)
+        return [name for name in self._arguments(prompt) if not re.search(rf"\b{re.escape(name)}\b", template)]
+
+    def _render(self, prompt: Prompt, messages: Sequence[ChatMessage], begin: bool = True) -> str:
+        """begin: up to where the model begins to speak."""
+        tools, arguments = list(prompt.tools) or None, self._arguments(prompt)
+        return str(
+            self._tokenizer.apply_chat_template(
+                list(messages), tools=tools, add_generation_prompt=begin, tokenize=False, **arguments
+            )
+        )
+
+    def _arguments(self, prompt: Prompt) -> dict[str, Any]:
+        given = prompt.chat_template_kwargs
+        if given is None:
+            return {}
+        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+            raise ValueError(f"chat_template_kwargs={shown(given, repr):.80}: must be a mapping from names to values")
+        for name in given:
+            if name in self._taken:
+                raise ValueError(f"chat_template_kwargs.{name}: must be a name that the template alone reads")
+        return dict(given)
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text[: self._most], add_special_tokens=False, verbose=False))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from weft.actors.affinity import engine_places
 from weft.actors.blame import shown
-from weft.actors.environment import Environment
+from weft.actors.environment import Environment, Prompt
 from weft.actors.environments.jsonl import Jsonl
 from weft.actors.environments.load import load_environment
 from weft.actors.sampler_engine import LORA_RANKS, TESTED
@@ -52,10 +52,11 @@ def preflight(config: Config) -> tuple[str, ...]:
     notices: dict[str, None] = {}
     for adapter in config.adapters:
         check_lora(adapter, folder)
-        environment = check_environment(adapter, tokenizer, config.cluster.sampler.max_model_len, loaded)
+        environment, prompt = check_environment(adapter, tokenizer, config.cluster.sampler.max_model_len, loaded)
         if isinstance(environment, Jsonl) and (said := environment.reused(adapter.eval_prompts)):
             notices[said] = None
-        for said in (told_of_truncation(adapter), told_of_turn_end(adapter, tokenizer, folder)):
+        of_template = told_of_unread(adapter, tokenizer, prompt), told_of_turn_end(adapter, tokenizer, folder, prompt)
+        for said in (told_of_truncation(adapter), *of_template):
             if said:
                 notices[said] = None
     check_port(config.cluster)  # at last: while another run is up it would hide every other mistake
@@ -264,7 +265,18 @@ def told_of_truncation(adapter: AdapterConfig) -> str:
     return f"{unknown}, so ratios of {loss.name} are below 1 before any step{lost}"
 
 
-def told_of_turn_end(adapter: AdapterConfig, tokenizer: Any, folder: str) -> str:
+def told_of_unread(adapter: AdapterConfig, tokenizer: Any, prompt: Prompt) -> str:
+    """Which arguments of its task's the chat template never names; empty where it names them all."""
+    from weft.actors.episode import Chat
+
+    unread = Chat(tokenizer).unread(prompt)
+    if not unread:
+        return ""
+    names = ", ".join(f"chat_template_kwargs.{name}" for name in unread)
+    return f"environment.target={adapter.environment.target!r}: the chat template never reads {names}, which changes nothing"
+
+
+def told_of_turn_end(adapter: AdapterConfig, tokenizer: Any, folder: str, prompt: Prompt) -> str:
     """That nothing ends a turn where the chat template does, as in many a base model; empty where something does."""
     from transformers import GenerationConfig
 
@@ -272,7 +284,7 @@ def told_of_turn_end(adapter: AdapterConfig, tokenizer: Any, folder: str) -> str
     from weft.actors.model import read_config
 
     try:
-        end = Chat(tokenizer).turn_end()
+        end = Chat(tokenizer).turn_end(prompt)
     except Exception:  # noqa: BLE001  a template may refuse these two messages, and yet take all that the task has
         end = None
     if end is None:
@@ -293,9 +305,9 @@ def told_of_turn_end(adapter: AdapterConfig, tokenizer: Any, folder: str) -> str
 
 def check_environment(
     adapter: AdapterConfig, tokenizer: Any, max_model_len: int, loaded: dict[str, Environment]
-) -> Environment:
+) -> tuple[Environment, Prompt]:
     """The environment imports, takes its settings and fits the protocol; its first prompt, and the longest ones of a file,
-    render and leave room to answer.
+    render and leave room to answer. Returns it, and its first prompt.
 
     loaded: environments by what they were built from; adapters of one task share theirs here.
     """
@@ -303,11 +315,12 @@ def check_environment(
 
     chat, target = Chat(tokenizer), adapter.environment.target
     key = json.dumps([target, adapter.environment.settings], sort_keys=True, default=str)
+    first: dict[bool, Prompt] = {}
     with _blaming(f"adapters.{adapter.name}."):
         if key not in loaded:
             loaded[key] = load_environment(target, adapter.environment.settings)
         for held_out in (False, True) if adapter.eval_prompts else (False,):
-            tokens = _check_prompt(loaded[key], target, 0, held_out, chat, max_model_len)
+            first[held_out], tokens = _check_prompt(loaded[key], target, 0, held_out, chat, max_model_len)
             room, wanted = max_model_len - tokens, adapter.sampling.max_tokens
             if wanted > room:
                 why = f"cluster.sampler.max_model_len={max_model_len} less the {tokens} tokens of prompt(0, {held_out})"
@@ -315,11 +328,13 @@ def check_environment(
             for index in loaded[key].longest(held_out) if isinstance(loaded[key], Jsonl) else ():
                 if not held_out or index < adapter.eval_prompts:  # the others are not asked
                     _check_prompt(loaded[key], target, index, held_out, chat, max_model_len)
-    return loaded[key]
+    return loaded[key], first[False]
 
 
-def _check_prompt(environment: Environment, target: str, index: int, held_out: bool, chat: Chat, max_model_len: int) -> int:
-    """One prompt renders and leaves room to answer; returns its tokens."""
+def _check_prompt(
+    environment: Environment, target: str, index: int, held_out: bool, chat: Chat, max_model_len: int
+) -> tuple[Prompt, int]:
+    """One prompt renders and leaves room to answer; returned with the number of its tokens."""
     which = f"environment.target={target!r}: prompt({index}, {held_out})"
     try:
         prompt = environment.prompt(index, held_out)
@@ -332,7 +347,7 @@ def _check_prompt(environment: Environment, target: str, index: int, held_out: b
         last = shown(prompt, lambda one: repr(one.messages[-1]["content"]))
         rule = f"cluster.sampler.max_model_len={max_model_len} must be above that"
         raise ValueError(f"{which} has {tokens} tokens, and {rule}; its last message is {last:.60}...")
-    return tokens
+    return prompt, tokens
 
 
 def _tokenizer(model: ModelConfig, folder: str) -> Any:

@@ -67,7 +67,8 @@ class Call:
 
 class Calculator:
     """operations: how many in a problem. low, high: the range of its numbers. max_factor: of times and division.
-    operators: those in use, of "+-*/". system: text of a system turn, if any."""
+    operators: those in use, of "+-*/". system: text of a system turn, if any. chat_template_kwargs: what else the chat template
+    reads."""
 
     def __init__(
         self,
@@ -80,6 +81,7 @@ class Calculator:
         held_out_fraction: float = 0.1,
         seed: int = 0,
         system: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if not 1 <= operations <= 8:
             raise ValueError(f"operations={operations!r}: must be from 1 to 8")
@@ -92,6 +94,7 @@ class Calculator:
         check_fraction(held_out_fraction)
         self._operations, self._operators, self._low, self._high = operations, operators, low, high
         self._max_factor, self._fraction, self._seed, self._system = max_factor, held_out_fraction, seed, system
+        self._chat_template_kwargs = chat_template_kwargs
         self.problem(0, held_out=True)  # too narrow a range leaves one side empty: say so now
 
     @property
@@ -102,7 +105,8 @@ class Calculator:
     def prompt(self, index: int, held_out: bool) -> Prompt:
         """The word problem `index` of one side, with both tools."""
         problem = self.problem(index, held_out)
-        return Prompt(with_system(self._system, [{"role": "user", "content": problem.text}]), TOOLS, problem.value)
+        messages = with_system(self._system, [{"role": "user", "content": problem.text}])
+        return Prompt(messages, TOOLS, problem.value, self._chat_template_kwargs)
 
     def problem(self, index: int, held_out: bool) -> Problem:
         """The problem `index` of one side, with its solution."""

@@ -30,7 +30,8 @@ class Jsonl:
     match: exact (the answer's text, spaces at the ends aside), numeric (the last number of what the model wrote), or regex
     (the answer field is a pattern that must be found in it). reward: instead of a match, the dotted path of a function
     (completion: str, row: dict) -> number, sync or async; the answer field is then not needed. With a match, the model's
-    answer is what stands in <answer></answer> or after "Answer:", else all of its text (answer.py).
+    answer is what stands in <answer></answer> or after "Answer:", else all of its text (answer.py). system: text of a system
+    turn, if any. chat_template_kwargs: what else the chat template reads ({"enable_thinking": False}).
     """
 
     def __init__(
@@ -43,11 +44,13 @@ class Jsonl:
         reward: str | None = None,
         held_out_fraction: float = 0.1,
         system: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if match not in MATCHES:
             raise ValueError(f"match={match!r}: must be one of {', '.join(MATCHES)}")
         check_fraction(held_out_fraction)
         self._prompt_field, self._answer_field, self._match, self._system = prompt_field, answer_field, match, system
+        self._chat_template_kwargs = chat_template_kwargs
         self._reward = None if reward is None else import_reward(reward)
         file = Path(__file__).parent / path.removeprefix(SHIPPED) if path.startswith(SHIPPED) else Path(path)
         sides = _split(self._read(file), prompt_field, held_out_fraction)
@@ -86,7 +89,7 @@ class Jsonl:
         row = rows[index % len(rows)]
         text = row[self._prompt_field]
         messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
-        return Prompt(with_system(self._system, messages), answer=row)
+        return Prompt(with_system(self._system, messages), answer=row, chat_template_kwargs=self._chat_template_kwargs)
 
     async def respond(self, prompt: Prompt, turns: Sequence[ChatMessage]) -> Reply:
         """One turn: 1.0 for a match, or what the user's function says."""

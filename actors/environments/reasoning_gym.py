@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import importlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from weft.actors.environment import ChatMessage, Prompt, Reply
@@ -21,7 +21,7 @@ DEFAULT_FRACTION = 0.1
 class ReasoningGym:
     """task: its name there. options: that task's own settings. exact: True pays 1.0 for the verifier's full score and nothing
     for less, False its score as it is (some tasks give partial credit). size: for the few tasks that make all their
-    questions at once. system: text of a system turn, if any.
+    questions at once. system: text of a system turn, if any. chat_template_kwargs: what else the chat template reads.
 
     The library makes question i of a task from seed + i, so two nearby seeds share almost all questions: two seeds are no
     split. Here the text of the question decides (split.py).
@@ -36,12 +36,14 @@ class ReasoningGym:
         size: int = ENDLESS,
         exact: bool = False,
         system: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         check_fraction(held_out_fraction)
         if size < 1:
             raise ValueError(f"size={size!r}: must be above 0")
         self._size, self._fraction, self._exact, self._system = size, held_out_fraction, exact, system
+        self._chat_template_kwargs = chat_template_kwargs
         self._dataset = _make(task, {**options, "seed": seed, "size": size})
         for held_out in (False, True):  # a task of too few questions leaves one side empty: say so now
             self.prompt(0, held_out)
@@ -54,7 +56,8 @@ class ReasoningGym:
     def prompt(self, index: int, held_out: bool) -> Prompt:
         """Question `index` of one side. The answer is the library's whole entry, which its verifier wants."""
         entry = pick(self._dataset.__getitem__, _question, index, held_out, self._fraction, self._size)
-        return Prompt(with_system(self._system, [{"role": "user", "content": _question(entry)}]), answer=entry)
+        messages = with_system(self._system, [{"role": "user", "content": _question(entry)}])
+        return Prompt(messages, answer=entry, chat_template_kwargs=self._chat_template_kwargs)
 
     async def respond(self, prompt: Prompt, turns: Sequence[ChatMessage]) -> Reply:
         """One turn: the verifier's score of the answer in it."""
