@@ -51,7 +51,7 @@ class Worker(extension.SamplerExtension):
         said["checksum"], key = int(checksum(slab)), f"a/0/{lora_id}"
         change(slab)
         self.slab_receive(key, said, None, slab.numpy().tobytes(), lora_id, 0)
-        self.weft_arrivals[key].settled.exception(20)
+        self.weft_arrivals[key].settled.exception(200)
         return key
 
 

@@ -9,11 +9,13 @@ from weft.actors.slab_line import Line
 from weft.transport.broadcast import BroadcastGroup, RendezvousStore
 from weft.transport.errors import PeerDiedError
 
+PATIENT_S = 200.0  # of what a quiet machine does within a second
+
 
 def test_slabs_are_who_they_are_in_whatever_order_they_are_asked_for() -> None:
     store = RendezvousStore()
-    root = BroadcastGroup(store.address, "1", 0, 2, "gloo", 30.0)
-    group = {"store": store.address, "epoch": "1", "rank": 1, "world_size": 2, "backend": "gloo", "deadline_s": 30.0}
+    root = BroadcastGroup(store.address, "1", 0, 2, "gloo", PATIENT_S)
+    group = {"store": store.address, "epoch": "1", "rank": 1, "world_size": 2, "backend": "gloo", "deadline_s": PATIENT_S}
     line = Line(group, torch.device("cpu"), None)
     came: queue.Queue[tuple[int, torch.Tensor | BaseException]] = queue.Queue()
     slabs = [torch.full((number + 1,), number, dtype=torch.uint8) for number in range(12)]
@@ -28,10 +30,10 @@ def test_slabs_are_who_they_are_in_whatever_order_they_are_asked_for() -> None:
     for slab in slabs:
         root.broadcast(slab)
     for expected, slab in enumerate(slabs):
-        number, got = came.get(timeout=30)
+        number, got = came.get(timeout=PATIENT_S)
         assert number == expected and isinstance(got, torch.Tensor) and torch.equal(got, slab)
     ask(13, 1)  # number 12 never comes
     line.close()
-    number, error = came.get(timeout=30)
+    number, error = came.get(timeout=PATIENT_S)
     assert number == 13 and isinstance(error, PeerDiedError)
     root.close()

@@ -30,6 +30,7 @@ from weft.transport.errors import AdapterFault, PeerDiedError, RemoteError, Rend
 from weft.transport.messages import AdapterRef, StepResult, TrainBatch
 
 STEPS = 3
+PATIENT_S = 200.0  # of what a quiet machine does within a second
 LOSSES = {
     "token": LossConfig(kl_coefficient=0.1),
     "sequence": LossConfig(name="gspo", kl_coefficient=0.1),
@@ -87,9 +88,9 @@ async def trainers(
         alive.append(await Process(base, folder / f"trainer-{index}").start())
         return alive[-1]
 
-    async with asyncio.timeout(120), asyncio.TaskGroup() as tasks:
+    async with asyncio.timeout(20 * PATIENT_S), asyncio.TaskGroup() as tasks:
         members = [Member(f"trainer-{index}", partial(spawn, index), Client) for index in range(number)]
-        pool = TrainerPool(members, 60.0, str(folder), backend)
+        pool = TrainerPool(members, PATIENT_S, str(folder), backend)
         pool.expect(adapters)
         kept = [
             tasks.create_task(member.keep(partial(pool.prepare, member), partial(pool.lost, member))) for member in members
@@ -118,6 +119,12 @@ async def saved(pool: TrainerPool, folder: Path) -> torch.Tensor:
     await pool.save(AdapterRef("a", 0, STEPS), str(folder))
     tensors = load_file(folder / "adapter.safetensors")
     return torch.stack([tensors[name] for name in ("master", "exp_avg", "exp_avg_sq")])
+
+
+@pytest.fixture
+def stopped_is_not_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it takes: a process that is stopped answers no heartbeat either."""
+    monkeypatch.setattr("weft.transport.channel._SILENCE_MS", int(20 * PATIENT_S * 1000))
 
 
 def test_an_adapter_is_shared_where_fewer_are_expected_than_there_are_trainers(trainer_base: Path, tmp_path: Path) -> None:
@@ -161,7 +168,7 @@ def test_an_adapter_on_two_trainers_is_the_same_adapter_on_one(
 
 
 def test_one_of_two_dies_within_a_step_it_is_the_adapters_death_and_both_have_it_again(
-    trainer_base: Path, tmp_path: Path, batch: MakeBatch
+    trainer_base: Path, tmp_path: Path, batch: MakeBatch, stopped_is_not_dead: None
 ) -> None:
     async def law() -> None:
         async with trainers(trainer_base, tmp_path, 2, 1) as (pool, alive):
@@ -232,7 +239,7 @@ def test_where_nccl_cannot_be_had_the_same_step_goes_through_the_host_if_that_is
 
 
 def test_a_group_that_breaks_though_nobody_has_died_costs_the_adapter_nothing(
-    trainer_base: Path, tmp_path: Path, batch: MakeBatch
+    trainer_base: Path, tmp_path: Path, batch: MakeBatch, stopped_is_not_dead: None
 ) -> None:
     """As NCCL's does where it has no memory, say."""
 
@@ -276,7 +283,7 @@ def test_what_one_trainer_fails_by_is_the_reason_not_that_the_others_lost_it(bat
             return messages.Done()
 
     async def law() -> None:
-        pool = TrainerPool([], 60.0, backend="nccl-or-gloo")
+        pool = TrainerPool([], PATIENT_S, backend="nccl-or-gloo")
         home = (_Life(Trainers()), _Life(Trainers()))  # type: ignore[arg-type]
         with pytest.raises(AdapterFault, match="out of memory"):
             await pool._share(batch("a"), home)
@@ -322,7 +329,7 @@ def test_a_sum_is_everybodys_and_the_same_bits_everywhere(size: int) -> None:
     store = RendezvousStore()
     tensors = [torch.randn(1001, generator=torch.Generator().manual_seed(rank)) for rank in range(size)]
     wanted = torch.stack(tensors).sum(0)
-    links = [BroadcastGroup(store.address, "sum", rank, size, "gloo", 20.0) for rank in range(size)]
+    links = [BroadcastGroup(store.address, "sum", rank, size, "gloo", PATIENT_S) for rank in range(size)]
 
     async def law() -> None:
         for link, tensor in zip(links, tensors, strict=True):

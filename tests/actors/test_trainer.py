@@ -380,7 +380,7 @@ def test_an_adapter_that_is_dropped_while_it_is_made_or_given_up_and_dropped_lea
 
     def slowly(config: AdapterConfig) -> Any:
         going.set()
-        assert go.wait(20)
+        assert go.wait(200)
         return weights(config)
 
     def drop(name: str) -> None:
@@ -391,15 +391,15 @@ def test_an_adapter_that_is_dropped_while_it_is_made_or_given_up_and_dropped_lea
         monkeypatch.setattr(bench.trainer, "_first_weights", slowly)
         monkeypatch.setattr(bench.trainer._store, "drop", drop)
         async with asyncio.TaskGroup() as tasks:
-            making = tasks.create_task(asyncio.wait_for(raised(bench.trainer.handle(add)), 20))
-            await asyncio.to_thread(going.wait, 20)
+            making = tasks.create_task(asyncio.wait_for(raised(bench.trainer.handle(add)), 400))
+            await asyncio.to_thread(going.wait, 200)
             if given_up:
                 making.cancel()
                 await asyncio.wait([making])
             await bench.trainer.handle(messages.DropAdapter("two"))
             go.set()
         assert making.cancelled() if given_up else "'two' was dropped while it was made" in making.result()
-        assert await asyncio.to_thread(gone.wait, 20) and "two" not in bench.trainer._store
+        assert await asyncio.to_thread(gone.wait, 200) and "two" not in bench.trainer._store
         assert list(bench.trainer._adapters) == ["one"]
         assert [await bench.trainer.handle(add) for _ in range(3)] == [messages.AdapterAdded()] * 3
         assert sorted(bench.trainer._adapters) == ["one", "two"]
