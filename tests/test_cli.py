@@ -174,9 +174,10 @@ def test_a_port_in_use_is_refused(capsys: Output) -> None:
 
 @contextmanager
 def another_run() -> Iterator[subprocess.Popen[str]]:
-    script = "import sys, time; from pathlib import Path; from weft.pipeline.folder import hold\n"
-    script += "with hold(Path('out'), make=True): print('held', flush=True); time.sleep(100)"
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as other:
+    script = "import sys; from pathlib import Path; from weft.pipeline.folder import hold\n"
+    script += "with hold(Path('out'), make=True): print('held', flush=True); sys.stdin.read()"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", script], stdin=pipe, stdout=pipe, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         try:
@@ -205,7 +206,10 @@ def test_a_run_that_begins_while_another_checks_keeps_its_folder(
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_disk_that_takes_no_more_at_the_start_is_one_message_and_leaves_nothing(tmp_path: Path, capsys: Output) -> None:
+def test_a_disk_that_takes_no_more_at_the_start_is_one_message_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # what is imported first here would be cached cut short, for good
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))  # bytes a file: room for the lock, not for the configuration
     try:

@@ -84,6 +84,5 @@ def test_nothing_imports_twice_under_two_names() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=100,
     )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -141,21 +141,21 @@ class Process:
         self.died: list[asyncio.Event] = [asyncio.Event()]  # of each life
         self.ready = asyncio.Event()
         self.ready.set()
-        self._calls: set[asyncio.Future[None]] = set()
+        self._calls: dict[asyncio.Future[None], None] = {}  # in order: a set's would be that of their addresses
 
     async def work(self, mean: float) -> None:
         """Be busy; raises PeerDiedError if it dies meanwhile or is dead."""
         if not self.ready.is_set():
             raise PeerDiedError(self.why(self.deaths - 1))
         died: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._calls.add(died)
+        self._calls[died] = None
         try:
             async with asyncio.timeout(self.world.duration(mean)):
                 await died
         except TimeoutError:
             pass
         finally:
-            self._calls.discard(died)
+            del self._calls[died]
 
     def why(self, life: int) -> str:
         """It died in this life of it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -283,6 +284,15 @@ def die_before(die_at, steps):
         setattr(owner, name, deadly(getattr(owner, name)))
 
 
+def fork():
+    """os.fork, whose child ends nothing that other tests of this process left: that may wait for threads it does not have."""
+    gc.disable()
+    child = os.fork()
+    if child:
+        gc.enable()
+    return child
+
+
 def write_for_ever(folder, say, die_at):
     """What a run does, until it is killed: by itself before step `die_at` of those that touch the disk (-1: by others)."""
     die_before(die_at, STEPS)
@@ -298,7 +308,7 @@ def write_for_ever(folder, say, die_at):
 def killed_writer(folder, die_at, seconds=0.0):
     """The versions that a child of this process told of before it was killed."""
     hear, say = os.pipe()
-    child = os.fork()
+    child = fork()
     if not child:
         try:
             write_for_ever(str(folder), say, die_at)
@@ -345,7 +355,7 @@ def test_kill_9_at_random_instants_loses_nothing_that_was_complete(tmp_path):
 
 
 def is_killed_while_it_replaces(written, final, die_at):
-    child = os.fork()
+    child = fork()
     if not child:
         try:
             die_before(die_at, [*STEPS, (os, "unlink"), (os, "rmdir")])
