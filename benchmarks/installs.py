@@ -184,11 +184,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--installs", type=int, default=FULL)
     parser.add_argument("--dir", type=Path, default=Path("outputs/installs"), help="output folder")
     parser.add_argument("--out", type=Path, help="the result file")
+    parser.add_argument("overrides", nargs="*", help="settings as `weft` takes them")
     arguments = parser.parse_args(argv)
     folder = arguments.dir.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     given = (f"run.dir={folder}", "cluster.dashboard_port=0", f"cluster.sampler.max_lora_rank={max(RANKS)}")
-    config = expand(compose([*SETTINGS, *given]))
+    config = expand(compose([*SETTINGS, *given, *arguments.overrides]))
     preflight(config)
     places = tuple(
         dataclasses.replace(config.adapters[0], name=f"place-{rank}") for rank in RANKS
