@@ -50,6 +50,13 @@ class Ready:
     token_ages: Mapping[int, int]
     transcripts: tuple[Transcript, ...]
 
+    @property
+    def no_signal(self) -> float:
+        """Share of the groups of whose rollouts none has an advantage, counted in what was sent. DAPO (Yu et al. 2025) samples
+        others in their place; here they are told of and no more."""
+        signal = np.unique(self.batch.groups[self.batch.advantages != 0])
+        return (len(self.ages) - len(signal)) / len(self.ages)
+
 
 def make_batch(config: AdapterConfig, ref: AdapterRef, groups: Sequence[Group]) -> TrainBatch:
     """Pack the rows of `groups` (in their order) for one step from version `ref`.

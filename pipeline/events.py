@@ -113,6 +113,7 @@ class StepTaken:
     metrics: the trainer's (loss, grad_norm, logprob_diff, ...). environment: means over rollouts of the environment's own.
     staleness: one number a group: the version trained minus the oldest version that sampled a token of it.
     token_ages: the same of every token that was trained: how many there were of each staleness.
+    no_signal: share of the groups all of whose rollouts have the advantage 0: their rewards taught nothing.
     """
 
     time: float
@@ -136,6 +137,7 @@ class StepTaken:
     metrics: Mapping[str, float] = field(default_factory=dict)
     environment: Mapping[str, float] = field(default_factory=dict)
     token_ages: Mapping[int, int] = field(default_factory=dict)
+    no_signal: float = 0.0
 
 
 @dataclass(frozen=True)

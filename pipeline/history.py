@@ -86,7 +86,7 @@ STEP: Mapping[str, Check] = {
 }
 IN_STEP: Mapping[str, Check] = {  # where they are there
     "staleness/tokens": _by_age,
-    **dict.fromkeys(("reward/std", "staleness/max", "tokens/sampled", "tokens/trained"), _measured),
+    **dict.fromkeys(("reward/std", "reward/no_signal", "staleness/max", "tokens/sampled", "tokens/trained"), _measured),
     **dict.fromkeys(("time/rollout", "time/queue", "time/train", "time/step"), _measured),
     **dict.fromkeys(("loss", "grad_norm", "kl", "entropy", "logprob_diff"), _measured),
 }

@@ -111,6 +111,7 @@ class Journal:
                 num_steps=adapter.config.num_steps,
                 reward=rollouts.reward,
                 reward_std=rollouts.reward_std,
+                no_signal=ready.no_signal,
                 staleness=ready.ages,
                 token_ages=ready.token_ages,
                 max_staleness=adapter.config.max_staleness,

@@ -10,7 +10,8 @@ In `folder`:
                           the pools' processes count; each session (the run, started again) opens with {"event": "Session", ...}
     tensorboard/<adapter>/events.out.tfevents.*
 Names are those of the field: reward/mean, staleness/max, tokens/trained, loss, grad_norm, kl, entropy, logprob_diff,
-eval/reward; env/<name> is the environment's own. Numbers that are not finite are null.
+eval/reward; env/<name> is the environment's own. reward/no_signal is the share of a step's groups that taught nothing: all
+their advantages are 0. Numbers that are not finite are null.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def step_values(event: StepTaken) -> Values:
     values: Values = {
         "reward/mean": event.reward,
         "reward/std": event.reward_std,
+        "reward/no_signal": event.no_signal,
         "staleness/max": max(event.staleness, default=0),
         "staleness/mean": sum(event.staleness) / max(len(event.staleness), 1),
         "staleness/bound": event.max_staleness,

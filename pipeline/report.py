@@ -60,6 +60,7 @@ STEP_COLUMNS = (
     ("step", "step"),
     ("reward/mean", "reward"),
     ("reward/std", "std"),
+    ("reward/no_signal", "no signal"),
     ("staleness/max", "stale"),
     ("loss", "loss"),
     ("grad_norm", "grad_norm"),
