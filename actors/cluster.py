@@ -49,6 +49,7 @@ ACTOR_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", 
 STOP_DEADLINE_S = 20.0
 RAY_SERVERS = ("raylet", "gcs_server")  # without either of them Ray starts, ends and watches nothing, and says so minutes later
 WATCH_S = 0.25
+STARTS = 4  # of Ray that may fail, and the last one counts
 PROCESSES_FILE = "processes.jsonl"
 COUNTERS = ("weft_tokens_sampled", "weft_tokens_trained")
 HISTOGRAMS = "weft_time_"
@@ -254,16 +255,16 @@ class Cluster:
             file.write(json.dumps({"time": time.time(), "name": name, "pid": pid, "endpoint": endpoint}) + "\n")
 
     def _start_ray(self) -> None:
-        """Once more if it fails: a busy machine can be too slow for the 30 s in which Ray wants its raylet to answer."""
-        try:
-            self._init_ray()
-        except Exception as error:  # noqa: BLE001  Ray raises a bare Exception for that
-            _log.warning("Ray did not start, and is started again: %s", error)
-            self._stop_ray()
+        """Again if it fails: a busy machine can be too slow for the 30 s in which Ray wants its raylet to answer."""
+        for attempt in range(1, STARTS + 1):
             try:
-                self._init_ray()
-            except Exception as again:  # the same bare one
-                raise StartError(f"Ray did not start: {again}") from again
+                return self._init_ray()
+            except Exception as error:  # Ray raises a bare Exception for that
+                if attempt == STARTS:
+                    raise StartError(f"Ray did not start: {error}") from error
+                _log.warning("Ray did not start, and is started again: %s", error)
+                self._stop_ray()
+        return None
 
     def _init_ray(self) -> None:
         # A terminal that closes tells this process's group, which Ray's servers are in: they live until this one ends them.
