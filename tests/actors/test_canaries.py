@@ -10,6 +10,7 @@ from weft.actors.canaries import Canaries, Found
 from weft.transport.errors import VersionError
 from weft.transport.messages import AdapterRef, AskCanary, Canary
 
+LONG_S = 120.0  # a deadline that nothing here may reach
 ASKED = [AskCanary(AdapterRef(name, 0, 1)) for name in "abc"]
 
 
@@ -26,7 +27,7 @@ class Compute:
     def __call__(self, asked: Sequence[AskCanary]) -> dict[AskCanary, Found]:
         self.calls.append(list(asked))
         self.began.set()
-        assert self.go.wait(20)
+        assert self.go.wait(LONG_S)
         if self.impossible & set(asked):
             raise ArithmeticError("not with this one among them")
         return {one: VersionError("it is gone") if one in self.gone else answer(one) for one in asked}
@@ -41,7 +42,7 @@ def run(test: Callable[[Compute, Canaries], Awaitable[None]]) -> None:
         compute = Compute()
         canaries = Canaries(compute, lambda: None)
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(2 * LONG_S):
                 await test(compute, canaries)
         finally:
             compute.go.set()
@@ -51,7 +52,7 @@ def run(test: Callable[[Compute, Canaries], Awaitable[None]]) -> None:
 
 
 def test_slabs_go_first_and_then_one_forward_is_for_all_that_ask(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weft.actors.canaries.QUIET_S", 20.0)
+    monkeypatch.setattr("weft.actors.canaries.QUIET_S", LONG_S)
 
     async def test(compute: Compute, canaries: Canaries) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -107,7 +108,7 @@ def test_whoever_asks_no_more_takes_nobodys_canary_along() -> None:
         compute.go.clear()
         async with asyncio.TaskGroup() as tasks:
             first, *others = [tasks.create_task(canaries.ask(one)) for one in (ASKED[0], *ASKED)]
-            await asyncio.to_thread(compute.began.wait, 20)
+            await asyncio.to_thread(compute.began.wait, LONG_S)
             first.cancel()
             compute.go.set()
         assert [task.result() for task in others] == list(map(answer, ASKED))

@@ -24,6 +24,7 @@ from weft.transport.messages import AdapterRef, TrainBatch
 
 CONFIG = {"max_staleness": 4, "num_steps": 50, "lora": LoraConfig(rank=4, alpha=8), "loss": LossConfig(kl_coefficient=0.1)}
 MakeBatch = Callable[..., TrainBatch]
+LONG_S = 120.0  # a deadline that nothing here may reach
 
 
 class Process:
@@ -51,11 +52,15 @@ class Bench:
         self.now: dict[str, Process] = {}
         members = [Member(f"trainer-{index}", partial(self.spawn, f"trainer-{index}"), Client) for index in range(number)]
         self.members = members
-        self.pool = TrainerPool(members, 20.0, str(folder))
+        self.pool = TrainerPool(members, LONG_S, str(folder))
 
     async def spawn(self, name: str) -> Process:
         trainer = Trainer(str(self.base), "float32", TrainerConfig(), str(self.folder / name), str(self.folder / "slabs"))
-        await trainer.start()
+        try:
+            await trainer.start()
+        except BaseException:  # a test that has ended waits for no successor of one that it stopped
+            await trainer.aclose()
+            raise
         process = self.now[name] = Process(trainer)
         process.endpoint = await process.server.start("memory://")
         self.tasks.create_task(process.server.serve())
@@ -71,7 +76,7 @@ class Bench:
 
 @asynccontextmanager
 async def trainers(base: Path, folder: Path, number: int = 2) -> AsyncIterator[Bench]:
-    async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
+    async with asyncio.timeout(2 * LONG_S), asyncio.TaskGroup() as tasks:
         bench = Bench(base, folder, tasks, number)
         kept = [
             tasks.create_task(member.keep(partial(bench.pool.prepare, member), partial(bench.pool.lost, member)))
@@ -180,7 +185,7 @@ def test_an_adapter_that_one_of_its_trainers_could_not_make_is_gone_from_the_oth
                 return added
 
             def refuses(*_: Any) -> messages.AdapterAdded:
-                is_made.wait()
+                assert is_made.wait(LONG_S)
                 raise ValueError("no room")
 
             monkeypatch.setattr(it_can, "_add", makes)
