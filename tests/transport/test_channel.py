@@ -84,6 +84,7 @@ def test_kill_9_ends_pending_requests_at_once_and_a_successor_never_runs_them(so
             arguments = (__file__, {"READY": theirs, "ENDPOINT": endpoint}, "__main__")
             process = forks.Process(target=runpy.run_path, args=arguments, daemon=True)
             process.start()
+            theirs.close()  # so that its death ends what waits for its word
             assert await asyncio.to_thread(ours.recv) == endpoint
             return process, ours
 
