@@ -112,7 +112,9 @@ def test_a_moved_adapter_has_the_same_state_to_the_bit_and_is_lost_with_the_trai
             assert (await pool.publish(ref)).ref == ref
             await pool.step([of(batch("a", 2), ref), of(batch("b", 0), AdapterRef("b", 3, 0))])  # one launch
             await bench.now["trainer-0"].stop()  # where it was: it does not notice
-            await asyncio.sleep(0)
+            while not bench.members[0].deaths:  # noqa: ASYNC110  until that is known, of which nobody is told
+                await asyncio.sleep(0)
+            await pool.wait_ready()
             assert not lost.done()
             await bench.now["trainer-1"].stop()
             assert "killed" in await lost
