@@ -1,7 +1,6 @@
 """PEFT folders out and in: peft and vLLM load what we write, and we refuse what is of another shape."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -75,8 +74,9 @@ def test_peft_over_transformers_gives_the_same_logits(tmp_path: Path, base: Path
     assert float((plain - ours).abs().max()) > 1e-2  # the adapter does something
 
 
-def test_vllm_reads_every_tensor_of_it(tmp_path: Path) -> None:
-    os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", HF_HUB_OFFLINE="1", VLLM_HOST_IP="127.0.0.1")
+def test_vllm_reads_every_tensor_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}.items():
+        monkeypatch.setenv(name, value)
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper
 

@@ -217,7 +217,7 @@ def test_a_long_conversation_is_encoded_without_a_word(tmp_path: Path, folder: P
     long = Prompt([{"role": "user", "content": "Two and two? " * 30}])
     assert len(Chat(AutoTokenizer.from_pretrained(folder)).prompt(long)) > 8
     logging.disable_propagation()
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("transformers")]
 
 
 def test_sockets_that_would_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,9 +44,10 @@ assert "weft.actors.punica" not in sys.modules
 """
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
     environment.pop(vllm_plugin.VARIABLE, None)
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "weft" not in done.stdout + done.stderr
+    heard = (done.stdout + done.stderr).replace(str(Path(sys.prefix).parent), "")  # whatever some library warns of, and where
+    assert "weft" not in heard
 
 
 class Gpu:
@@ -90,7 +92,8 @@ def test_another_version_is_left_alone_and_that_is_said_once(
         for _ in range(3):
             vllm_plugin.register()
     assert gpu.get_punica_wrapper() == "theirs"
-    assert [version in record.message for record in caplog.records] == [True]
+    said = [record.message for record in caplog.records if record.name == vllm_plugin.logger.name]
+    assert [version in one for one in said] == [True]
 
 
 @pytest.mark.parametrize("missing", [(LoRAModelManager, "set_adapter_mapping"), (column_parallel_linear, "_mcp_apply")])
@@ -104,7 +107,8 @@ def test_a_vllm_that_lacks_what_would_be_replaced_keeps_all_its_own_and_starts(
         for _ in range(3):
             vllm_plugin.register()
     assert gpu.get_punica_wrapper() == "theirs" and LoRAConfig(max_lora_rank=8, max_loras=1).compute_hash() == before
-    assert [missing[1] in record.message for record in caplog.records] == [True]
+    said = [record.message for record in caplog.records if record.name == vllm_plugin.logger.name]
+    assert [missing[1] in one for one in said] == [True]
 
 
 @pytest.mark.parametrize("setting", ["0", "1", None])
