@@ -232,8 +232,8 @@ class BroadcastGroup:
 
     def _form(self, end: float) -> Any:
         """Meet the others, then open the process group."""
-        store = self._store = self._connect(end - time.monotonic())  # the group's threads use it until they end
-        rendezvous.answer(store, self._epoch, self._rank, self._world_size, end - time.monotonic(), self._left)
+        store = self._store = self._connect(_remaining(end))  # the group's threads use it until they end
+        rendezvous.answer(store, self._epoch, self._rank, self._world_size, _remaining(end), self._left)
         prefix = dist.PrefixStore(f"{self._epoch}/group", store)
         if self._backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()
@@ -242,7 +242,7 @@ class BroadcastGroup:
                 return dist.ProcessGroupNCCL(prefix, self._rank, self._world_size, options)
         options = dist.ProcessGroupGloo._Options()
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=_route(self._host, self._port))]
-        options._timeout = timedelta(seconds=max(end - time.monotonic(), 0.001))
+        options._timeout = timedelta(seconds=_remaining(end))
         return dist.ProcessGroupGloo(prefix, self._rank, self._world_size, options)
 
     def _connect(self, limit_s: float) -> Any:
@@ -265,12 +265,17 @@ class BroadcastGroup:
 
     def _finish(self, work: Any, tensor: torch.Tensor, end: float) -> None:
         if self._backend == "gloo":
-            work.wait(timedelta(seconds=max(end - time.monotonic(), 0.001)))
+            work.wait(timedelta(seconds=_remaining(end)))
             return
         work.wait()  # this stream waits for NCCL's, and this thread for this stream, without Python's lock: in a sampler the
         torch.cuda.current_stream(tensor.device).synchronize()  # thread that decodes has it, and each look would wait for it
         if self._broken or not work.is_completed():  # an abort ends the wait as well; a fault is raised by the question
             raise PeerDiedError(f"group {self._epoch}: {self._broken or 'its broadcast was given up'}")
+
+
+def _remaining(end: float) -> float:
+    """Seconds until then, and never none: what takes a time limit takes no other."""
+    return max(end - time.monotonic(), 0.001)
 
 
 def _abandon(groups: list[Any]) -> None:
