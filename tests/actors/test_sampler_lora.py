@@ -13,6 +13,12 @@ RANKS = (3, 8, 1, 5, 2)  # of the adapter in each slot; the rest of a place is z
 IDS = [11, 12, 13, 14, 15]
 
 
+@pytest.fixture(autouse=True)
+def the_same_numbers_each_time() -> None:
+    """Of many sums one rounds worse than all before it."""
+    torch.manual_seed(0)
+
+
 def stacks(widths: tuple[int, ...], seed: int = 0) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     generator = torch.Generator().manual_seed(seed)
     a = tuple(torch.randn(SLOTS, 1, RANK, INPUT, generator=generator) for _ in widths)
