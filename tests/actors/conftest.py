@@ -1,6 +1,7 @@
 """A trainer on a tiny random base, asked synchronously, and batches for it."""
 
 import asyncio
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,15 @@ class Bench:
                 for i, (_, b) in enumerate(layout.views(state[0]).values()):
                     b.copy_(torch.empty(b.shape).normal_(0, 0.1, generator=torch.Generator().manual_seed(i)))
                 slabs.replace_state(state)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_variables_left() -> Iterator[None]:
+    """An engine in the tests' own process sets some for vLLM, which the processes of later tests would inherit."""
+    before = set(os.environ)
+    yield
+    for name in set(os.environ) - before:
+        del os.environ[name]
 
 
 @pytest.fixture(scope="session")
