@@ -106,7 +106,7 @@ def logprobs(decoder: torch.nn.Module, ids: torch.Tensor, batch: LoraBatch | Non
 def run(asked: dict[str, Any]) -> dict[str, Any]:
     environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-c", ENGINE, json.dumps(asked)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.partition("FOUND")[2])
     assert [(one["wrapper"], one["alone"]) for one in found["workers"]] == [("DecodeLora", True)] * asked["workers"]

@@ -26,6 +26,7 @@ from weft.transport.errors import InstallError
 from weft.transport.messages import AdapterRef, Group, SlabHandle, TrainBatch
 
 WORKERS = 2
+PATIENT_S = 200.0  # of what a quiet machine does within a second
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_an_adapter_in_an_engine_of_two_workers_samples_with_the_trainers_log_pr
             await sampler.handle(messages.AddAdapter(to_mapping(config)))
             both = Both(bench, sampler)
             wrong = await asyncio.to_thread(both.slab, ref)
-            await sampler.handle(messages.Receive(replace(wrong, canary_logprob=-1.0), "", "", 1, 1, "gloo", 20.0))
+            await sampler.handle(messages.Receive(replace(wrong, canary_logprob=-1.0), "", "", 1, 1, "gloo", PATIENT_S))
             with pytest.raises(InstallError, match="canary"):
                 await sampler.handle(messages.Install(ref))
             await broadcast(sampler, await asyncio.to_thread(both.slab, ref))
@@ -100,10 +101,10 @@ async def broadcast(sampler: Sampler, handle: SlabHandle) -> None:
     """As a relay does: to every worker, each a member of the group."""
     assert handle.data is not None
     store = RendezvousStore("127.0.0.1")
-    link = BroadcastGroup(store.address, "test", 0, 1 + WORKERS, "gloo", 40.0)
+    link = BroadcastGroup(store.address, "test", 0, 1 + WORKERS, "gloo", PATIENT_S)
     sending = threading.Thread(target=link.broadcast, args=(torch.from_numpy(handle.data.copy()),))
     sending.start()
-    receive = messages.Receive(replace(handle, data=None), store.address, "test", 1, 1 + WORKERS, "gloo", 40.0)
+    receive = messages.Receive(replace(handle, data=None), store.address, "test", 1, 1 + WORKERS, "gloo", PATIENT_S)
     await sampler.handle(receive)
     await asyncio.to_thread(sending.join)
     link.close()
